@@ -1,0 +1,1 @@
+"""Watches llama.cpp servers and publishes true figures of their KV cache."""
