@@ -1,0 +1,1 @@
+"""A real llama.cpp server on a tiny generated model, and a scripted agent session against it."""
