@@ -1,0 +1,107 @@
+"""A snapshot that has a value for everything, and a smaller one that has almost none."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvscope.observed.server import Phase, ServerState, Source
+from kvscope.snapshot import (
+    EvictionCount,
+    HistogramCounts,
+    ModelCounts,
+    ServerBox,
+    SlotBox,
+    SlotCounts,
+    Snapshot,
+    SourceBox,
+)
+
+FIRST_LOOK = 1_700_000_000.25
+REASONS = (
+    "takeover", "diverged", "idle_clear", "purge", "overflow", "context_shift",
+    "no_checkpoint", "erase", "lora", "sleep", "restart", "unknown",
+)  # fmt: skip
+BOUNDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
+
+
+def full_slot(number: int) -> SlotBox:
+    return SlotBox(
+        id=number,
+        context_tokens=3000 + number,
+        context_limit_tokens=16384,
+        phase=Phase.PREFILL if number == 0 else Phase.IDLE,
+        phase_started_at=FIRST_LOOK + 60,
+        prefill_tokens=512 if number == 0 else None,
+        last_prefill_seconds=1.5,
+        last_prompt_tokens={"computed": 482, "slot": 1730},
+        last_used_at=FIRST_LOOK + 59.5,
+        lru_rank=number or None,
+    )
+
+
+def full_counts(model: str | None, slots: int, created_at: float = FIRST_LOOK) -> ModelCounts:
+    return ModelCounts(
+        model=model,
+        created_at=created_at,
+        slots={
+            number: SlotCounts(
+                phase_seconds={Phase.IDLE: 100.5, Phase.PREFILL: 7.25, Phase.DECODE: 30.0},
+                prompt_tokens={"computed": 1000 + number, "unknown": 2000},
+                generated_tokens=333,
+                evictions=dict.fromkeys(REASONS, 0) | {"takeover": 2},
+            )
+            for number in range(slots)
+        },
+        requests={"ok": 9, "cancelled": 0, "failed": 0, "unknown": 1},
+        observations={"exact": 8, "apportioned": 2},
+        evictions={("slot", reason, "unknown"): EvictionCount() for reason in REASONS}
+        | {("slot", "takeover", "unknown"): EvictionCount(2, 3060)},
+        request_prefill_seconds=HistogramCounts(BOUNDS, (1, 2, *([0] * 12), 1), 1900.5),
+        unattributed_tokens={"computed": 10, "reused": 0, "generated": 5},
+        prefill_seconds=7.5,
+        decode_seconds=31.25,
+        draft_tokens={"accepted": 0, "rejected": 0},
+    )
+
+
+def full_box(name: str = "main", model: str = "tiny", slots: int = 4) -> ServerBox:
+    return ServerBox(
+        name=name,
+        state=ServerState.READY,
+        up=True,
+        created_at=FIRST_LOOK,
+        model=model,
+        build="b11549",
+        file_type="Q4_K_M",
+        architecture="llama",
+        metrics_available=True,
+        restarts=1,
+        started_at=FIRST_LOOK - 1000,
+        last_restart_at=FIRST_LOOK + 50,
+        slots_total=slots,
+        slots_busy=1,
+        requests_deferred=0,
+        kv_unified=False,
+        slots=tuple(full_slot(number) for number in range(slots)),
+        counts=(full_counts(model, slots),),
+        sources={
+            source.value: SourceBox(
+                up=True,
+                failures=0,
+                last_success_at=FIRST_LOOK + 60,
+                duration_seconds=0.004,
+                interval_seconds=2.0,
+            )
+            for source in Source
+        },
+    )
+
+
+@pytest.fixture
+def full() -> Snapshot:
+    return Snapshot((full_box(),))
+
+
+@pytest.fixture
+def unreachable() -> ServerBox:
+    return ServerBox("far", ServerState.UNREACHABLE, up=False, created_at=FIRST_LOOK)
