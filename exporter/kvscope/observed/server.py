@@ -71,8 +71,8 @@ class ServerCounters:
 
     computed_tokens: int
     generated_tokens: int
-    prefill_seconds: float
-    decode_seconds: float
+    prefill_seconds: float | None = None
+    decode_seconds: float | None = None
     reused_tokens: int | None = None
     drafted_tokens: int | None = None
     draft_accepted_tokens: int | None = None

@@ -1,0 +1,435 @@
+"""llama-server over HTTP: /props, /slots, /metrics, /health.
+
+Read-only: nothing is ever posted. Facts about fields come from llama.cpp's tools/server
+(server-context.cpp, server-task.cpp) at builds b11434 and b11549; older spellings are accepted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+import math
+import re
+import ssl
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import aiohttp
+
+from kvscope.observed.server import (
+    Phase,
+    ServerCounters,
+    ServerProps,
+    SlotSeen,
+    Source,
+    SourceAnswer,
+)
+from kvscope.settings import ServerSettings
+
+DEADLINE_SECONDS = 5.0
+LARGEST_ANSWER_BYTES = 8 * 1024 * 1024
+LARGEST_COUNT = 2**53
+"""Above it a JSON number is no exact integer any more; no server counts that far."""
+
+_Parsed = TypeVar("_Parsed")
+
+
+class Failure(StrEnum):
+    """Why a request gave nothing."""
+
+    UNREACHABLE = "unreachable"
+    LATE = "late"
+    UNAUTHORIZED = "unauthorized"
+    LOADING = "loading"
+    NOT_OFFERED = "not offered"
+    NOT_FOUND = "not found"
+    CUT_OFF = "cut off"
+    BROKEN = "broken"
+
+
+class AnswerError(Exception):
+    """A request that gave nothing: why, and one line for the log."""
+
+    def __init__(self, failure: Failure, problem: str) -> None:
+        super().__init__(problem)
+        self.failure = failure
+        self.problem = problem
+
+
+class ParseError(ValueError):
+    """An answer that is not what llama-server sends; the message says what was found."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Bytes of one answer and the one header that matters."""
+
+    body: bytes
+    process_identity: str | None = None
+
+
+# --- parsers: bytes in, observed values out -------------------------------------------------
+
+
+def parse_slots(body: bytes) -> tuple[tuple[SlotSeen, ...], tuple[str, ...]]:
+    """Return the slots of a /slots answer by id, and one line for each field that was left out.
+
+    Everything but the fields of `SlotSeen` is dropped here: prompt text can be in there
+    (LLAMA_SERVER_SLOTS_DEBUG). A field of a wrong type or size costs that field only.
+    Raises ParseError when it is not a list of slots at all.
+    """
+    answer = _json(body)
+    if not isinstance(answer, list):
+        raise ParseError(f"/slots is not a list but {_kind(answer)}")
+    slots: dict[int, SlotSeen] = {}
+    notes: list[str] = []
+    for entry in answer:
+        if not isinstance(entry, dict):
+            raise ParseError(f"/slots holds {_kind(entry)} where a slot should be")
+        fields = _Fields("slot", entry, notes)
+        slot_id = fields.count("id")
+        if slot_id is None:
+            notes.append("a slot without a usable id is left out")
+        elif slot_id in slots:
+            notes.append(f"slot {slot_id} is listed twice; the first is used")
+        else:
+            slots[slot_id] = _slot(slot_id, entry, fields)
+    if answer and not slots:
+        raise ParseError("/slots holds no object with an id")
+    return tuple(slots[slot_id] for slot_id in sorted(slots)), tuple(notes)
+
+
+def _slot(slot_id: int, entry: Mapping[str, Any], fields: _Fields) -> SlotSeen:
+    processing = entry.get("is_processing")
+    if processing is None and "state" in entry:  # builds before b4027
+        processing = entry["state"] not in (0, "idle")
+    next_token = entry.get("next_token")
+    if isinstance(next_token, list):
+        next_token = next_token[0] if next_token else None
+    decoded = None
+    if isinstance(next_token, dict):
+        decoded = _Fields("slot", next_token, fields.notes).count("n_decoded")
+    if processing is True:
+        phase = None if decoded is None else Phase.DECODE if decoded > 0 else Phase.PREFILL
+        # A task under way whose next_token is missing has not sampled anything in builds that
+        # know the token fields; older builds do not tell.
+        if decoded is None and "n_prompt_tokens_processed" in entry:
+            phase = Phase.PREFILL
+    elif processing is False:
+        phase = Phase.IDLE
+    else:
+        phase = None
+        fields.notes.append(f"slot {slot_id} does not say whether it is processing; its phase is left out")
+    task = entry.get("id_task")
+    # A slot that never worked has no task and no parameters yet: it is known to hold nothing.
+    never_worked = task is None and "params" not in entry and processing is False
+    return SlotSeen(
+        id=slot_id,
+        context_limit_tokens=fields.count("n_ctx"),
+        processing=processing is True,
+        phase=phase,
+        # -1 stands for "no task yet" in some builds.
+        task=None if task == -1 else fields.count("id_task"),
+        held_tokens=0 if never_worked else fields.count("n_prompt_tokens"),
+        computed_tokens=fields.count("n_prompt_tokens_processed"),
+        reused_tokens=fields.count("n_prompt_tokens_cache"),
+        decoded_tokens=decoded,
+    )
+
+
+def parse_props(body: bytes) -> tuple[ServerProps, tuple[str, ...]]:
+    """Return what /props says and one line for each field that was left out.
+
+    Raises ParseError when it is not an answer of llama-server.
+    """
+    answer = _json(body)
+    if not isinstance(answer, dict):
+        raise ParseError(f"/props is not an object but {_kind(answer)}")
+    if "default_generation_settings" not in answer and "total_slots" not in answer:
+        raise ParseError("/props has neither total_slots nor default_generation_settings")
+    notes: list[str] = []
+    fields = _Fields("/props", answer, notes)
+    defaults = answer.get("default_generation_settings")
+    context = None
+    if isinstance(defaults, dict):
+        context = _Fields("/props", defaults, notes).count("n_ctx")
+    model = fields.text("model_alias") or fields.text("model_path")
+    return (
+        ServerProps(
+            model=model_name(model) if model else None,
+            build=fields.text("build_info"),
+            file_type=fields.text("model_ftype"),
+            total_slots=fields.count("total_slots"),
+            context_limit_tokens=context,
+            sleeping=fields.truth("is_sleeping"),
+            slots_endpoint=fields.truth("endpoint_slots"),
+            metrics_endpoint=fields.truth("endpoint_metrics"),
+        ),
+        tuple(notes),
+    )
+
+
+def model_name(served: str) -> str:
+    """Return the name a model is served by, without directories, `.gguf` and shard suffix."""
+    name = re.split(r"[\\/]", served.strip())[-1]
+    name = re.sub(r"\.gguf$", "", name, flags=re.IGNORECASE)
+    return re.sub(r"-\d{5}-of-\d{5}$", "", name)
+
+
+_REQUIRED_COUNTERS = ("prompt_tokens_total", "tokens_predicted_total")
+_COUNTER_LINE = re.compile(r"^llamacpp:([a-z_]+)(?:\{\})? (\S+)", re.MULTILINE)
+
+
+def parse_counters(body: bytes, process_identity: str | None = None) -> ServerCounters:
+    """Return the counters of a /metrics answer.
+
+    The two `*_tokens_seconds` gauges are not read: every fetch by anyone resets them.
+    Raises ParseError when llama-server's token counters are not in there.
+    """
+    text = body.decode("utf-8", "replace")
+    if text.startswith('"'):  # builds around b7010 sent the text JSON-escaped
+        escaped = _json(body)
+        text = escaped if isinstance(escaped, str) else text
+    values: dict[str, float] = {}
+    for name, value in _COUNTER_LINE.findall(text):
+        try:
+            number = float(value)
+        except ValueError:
+            continue
+        if math.isfinite(number) and 0 <= number < LARGEST_COUNT:
+            values[name] = number
+    missing = [name for name in _REQUIRED_COUNTERS if name not in values]
+    if missing:
+        raise ParseError(f"/metrics has no usable llamacpp:{missing[0]}")
+
+    def count(name: str) -> int | None:
+        return int(values[name]) if name in values else None
+
+    return ServerCounters(
+        computed_tokens=int(values["prompt_tokens_total"]),
+        generated_tokens=int(values["tokens_predicted_total"]),
+        prefill_seconds=values.get("prompt_seconds_total"),
+        decode_seconds=values.get("tokens_predicted_seconds_total"),
+        reused_tokens=count("prompt_tokens_cached_total"),
+        drafted_tokens=count("spec_decode_num_draft_tokens_total"),
+        draft_accepted_tokens=count("spec_decode_num_accepted_tokens_total"),
+        requests_processing=count("requests_processing"),
+        requests_deferred=count("requests_deferred"),
+        process_identity=process_identity,
+    )
+
+
+def _json(body: bytes) -> Any:
+    try:
+        return json.loads(body.decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        # The text itself may hold a prompt: only its first sign is told.
+        start = body.lstrip()[:1]
+        what = "an HTML page" if start == b"<" else "empty" if not start else "cut off or no JSON"
+        raise ParseError(f"the answer is {what}") from None
+
+
+def _kind(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a text", bool: "a truth value", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+class _Fields:
+    """Typed reading of one JSON object; a wrong field is left out with one note, value unseen."""
+
+    def __init__(self, place: str, entry: Mapping[str, Any], notes: list[str]) -> None:
+        self._place = place
+        self._entry = entry
+        self.notes = notes
+
+    def count(self, name: str) -> int | None:
+        value = self._entry.get(name)
+        if value is None:
+            return None
+        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < LARGEST_COUNT:
+            return value
+        what = "out of range" if isinstance(value, int | float) else _kind(value)
+        self.notes.append(f"{self._place}: {name} is {what}, not a count; left out")
+        return None
+
+    def text(self, name: str) -> str | None:
+        value = self._entry.get(name)
+        if isinstance(value, str) and value.strip():
+            return value[:256]
+        if value not in (None, "") and not isinstance(value, str):
+            self.notes.append(f"{self._place}: {name} is {_kind(value)}, not a text; left out")
+        return None
+
+    def truth(self, name: str) -> bool | None:
+        value = self._entry.get(name)
+        if value is None or isinstance(value, bool):
+            return value
+        self.notes.append(f"{self._place}: {name} is {_kind(value)}, not true or false; left out")
+        return None
+
+
+# --- fetch ------------------------------------------------------------------------------------
+
+
+class LlamaServer:
+    """One llama-server, reached over HTTP; one request at a time.
+
+    Each method returns the parsed answer or raises AnswerError; `answers` collects how each
+    request went until `take_answers` empties it, `notes` what was odd in an answer.
+    """
+
+    def __init__(self, settings: ServerSettings, deadline_seconds: float = DEADLINE_SECONDS) -> None:
+        self._settings = settings
+        self._deadline = deadline_seconds
+        self._base = settings.url.rstrip("/")
+        self._session: aiohttp.ClientSession | None = None
+        self._answers: list[SourceAnswer] = []
+        self.notes: tuple[str, ...] = ()
+
+    async def props(self) -> ServerProps:
+        """Return /props. Does not wake a sleeping model."""
+        return await self._ask(Source.PROPS, "/props", lambda answer: self._noted(parse_props(answer.body)))
+
+    async def slots(self) -> tuple[SlotSeen, ...]:
+        """Return /slots. Wakes a sleeping model and restarts its idle timer: ask /props first."""
+        return await self._ask(Source.SLOTS, "/slots", lambda answer: self._noted(parse_slots(answer.body)))
+
+    async def counters(self) -> ServerCounters:
+        """Return /metrics. Resets the server's two `*_tokens_seconds` averages for everybody."""
+        return await self._ask(
+            Source.METRICS, "/metrics", lambda answer: parse_counters(answer.body, answer.process_identity)
+        )
+
+    async def healthy(self) -> bool:
+        """Return whether /health answers 200 in time (it does even while a long prompt is read)."""
+        try:
+            await self._get("/health")
+        except AnswerError:
+            return False
+        return True
+
+    def take_answers(self) -> tuple[SourceAnswer, ...]:
+        """Return how the requests since the last call went, and forget them."""
+        answers, self._answers = tuple(self._answers), []
+        return answers
+
+    async def close(self) -> None:
+        """Close all connections."""
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    def _noted(self, parsed: tuple[_Parsed, tuple[str, ...]]) -> _Parsed:
+        value, self.notes = parsed
+        return value
+
+    async def _ask(self, source: Source, path: str, parse: Callable[[Answer], _Parsed]) -> _Parsed:
+        started = time.monotonic()
+        problem: str | None = None
+        try:
+            try:
+                return parse(await self._get(path))
+            except ParseError as error:
+                raise AnswerError(Failure.BROKEN, f"{path}: {error}") from None
+        except AnswerError as error:
+            problem = error.problem
+            raise
+        finally:
+            self._answers.append(SourceAnswer(source, time.monotonic() - started, problem))
+
+    async def _get(self, path: str) -> Answer:
+        try:
+            async with asyncio.timeout(self._deadline):
+                session = self._session or self._open()
+                async with session.get(self._base + path, allow_redirects=False) as response:
+                    failure = _STATUS_FAILURES.get(response.status)
+                    if response.status != 200:
+                        raise AnswerError(
+                            failure or Failure.BROKEN, f"{path} answered with status {response.status}"
+                        )
+                    body = await _bounded_body(response, path)
+                    return Answer(body, response.headers.get("Process-Start-Time-Unix"))
+        except TimeoutError:
+            raise AnswerError(Failure.LATE, f"{path} did not answer within {self._deadline:g} s") from None
+        except aiohttp.ClientConnectorCertificateError:
+            raise AnswerError(
+                Failure.UNREACHABLE, "its TLS certificate does not verify; name its CA with --ca-file"
+            ) from None
+        except aiohttp.ClientConnectorDNSError:
+            raise AnswerError(Failure.UNREACHABLE, "its host name does not resolve") from None
+        except aiohttp.ClientConnectorError as error:
+            reason = error.os_error.strerror or type(error.os_error).__name__
+            raise AnswerError(Failure.UNREACHABLE, f"cannot connect: {reason}") from None
+        except aiohttp.ServerDisconnectedError:
+            raise AnswerError(Failure.UNREACHABLE, f"{path}: the server closed the connection") from None
+        except aiohttp.ClientPayloadError:
+            raise AnswerError(Failure.CUT_OFF, f"{path}: the answer was cut off in the middle") from None
+        except aiohttp.ClientResponseError:
+            raise AnswerError(Failure.BROKEN, f"{path}: the answer is not HTTP") from None
+        except (aiohttp.ClientError, OSError) as error:
+            raise AnswerError(Failure.UNREACHABLE, f"{path}: {type(error).__name__}") from None
+
+    def _open(self) -> aiohttp.ClientSession:
+        settings = self._settings
+        headers = dict(settings.headers)
+        if settings.api_key:
+            headers["Authorization"] = f"Bearer {settings.api_key}"
+        url = urlsplit(settings.url)
+        connector: aiohttp.BaseConnector
+        # A kept connection would hold one of the server's few HTTP threads between two looks;
+        # a new one costs next to nothing, except where TLS has to be set up each time.
+        force_close = url.scheme != "https"
+        if settings.unix_socket:
+            connector = aiohttp.UnixConnector(settings.unix_socket, limit=1, force_close=force_close)
+        else:
+            context = ssl.create_default_context(cafile=settings.ca_file) if url.scheme == "https" else True
+            connector = aiohttp.TCPConnector(limit=1, force_close=force_close, ssl=context)
+        self._session = aiohttp.ClientSession(
+            connector=connector,
+            headers=headers,
+            # Proxies of the environment are for the world outside, never for this machine.
+            trust_env=not (settings.unix_socket or is_loopback(url.hostname or "")),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            raise_for_status=False,
+        )
+        return self._session
+
+
+_STATUS_FAILURES = {
+    401: Failure.UNAUTHORIZED,
+    403: Failure.UNAUTHORIZED,
+    404: Failure.NOT_FOUND,
+    501: Failure.NOT_OFFERED,
+    503: Failure.LOADING,
+}
+
+
+async def _bounded_body(response: aiohttp.ClientResponse, path: str) -> bytes:
+    too_large = AnswerError(
+        Failure.BROKEN, f"{path} is larger than {LARGEST_ANSWER_BYTES // 2**20} MB and was refused"
+    )
+    if (response.content_length or 0) > LARGEST_ANSWER_BYTES:
+        response.close()
+        raise too_large
+    body = bytearray()
+    async for chunk in response.content.iter_any():
+        body += chunk
+        if len(body) > LARGEST_ANSWER_BYTES:
+            response.close()
+            raise too_large
+    return bytes(body)
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether a host name or address means this machine."""
+    if host.lower() == "localhost" or host.lower().endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

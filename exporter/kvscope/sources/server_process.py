@@ -1,0 +1,127 @@
+"""The local process that listens on a server's port: its start and what its command line decides."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import PurePath
+from urllib.parse import urlsplit
+
+import psutil
+
+from kvscope.observed.server import ServerProcess
+from kvscope.settings import ServerSettings
+from kvscope.sources.llama_server import is_loopback
+
+
+class NotReadableError(Exception):
+    """The process cannot be seen; the message says why in one line."""
+
+
+def find_server_process(settings: ServerSettings) -> ServerProcess:
+    """Return the process that listens where the server's URL points.
+
+    Raises NotReadableError for a server on another host, behind a unix socket, in another
+    namespace (a container) or of another user.
+    """
+    url = urlsplit(settings.url)
+    host = url.hostname or ""
+    if settings.unix_socket or not _is_here(host):
+        raise NotReadableError("it is not reached over a port of this machine")
+    port = url.port or (443 if url.scheme == "https" else 80)
+    try:
+        connections = psutil.net_connections(kind="tcp")
+    except (psutil.Error, OSError):
+        raise NotReadableError("this system does not let us list who listens on a port") from None
+    for connection in connections:
+        if connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr.port == port:
+            if connection.pid is None:
+                raise NotReadableError("it belongs to another user or lives in a container")
+            return _read(connection.pid)
+    raise NotReadableError("no process of this machine is seen listening there")
+
+
+def is_alive(process: ServerProcess) -> bool:
+    """Return whether this very process still runs (its pid was not given to another)."""
+    try:
+        return abs(psutil.Process(process.pid).create_time() - process.started_at) < 0.01
+    except (psutil.Error, OSError):
+        return False
+
+
+def _read(pid: int) -> ServerProcess:
+    try:
+        process = psutil.Process(pid)
+        command_line = process.cmdline()
+        environment = process.environ()
+        started_at = process.create_time()
+    except (psutil.Error, OSError):
+        raise NotReadableError("its command line belongs to another user") from None
+    # A container's proxy listens for a server whose own flags are out of sight.
+    if not any("llama" in PurePath(argument).name.lower() for argument in command_line[:4]):
+        raise NotReadableError(f"the process that listens there, {process.name()}, is no llama-server")
+    return ServerProcess(
+        pid=pid,
+        started_at=started_at,
+        sleep_idle_seconds=sleep_idle_seconds(command_line, environment),
+        kv_unified=kv_unified(command_line, environment),
+    )
+
+
+def sleep_idle_seconds(command_line: Sequence[str], environment: Mapping[str, str]) -> float | None:
+    """Return after how many idle seconds the server sleeps, or None when it never does.
+
+    llama.cpp common/arg.cpp (b11549): `--sleep-idle-seconds`, default -1, never.
+    """
+    value = _last(command_line, "--sleep-idle-seconds") or environment.get("LLAMA_ARG_SLEEP_IDLE_SECONDS")
+    try:
+        seconds = float(value) if value is not None else -1.0
+    except ValueError:
+        seconds = -1.0
+    return seconds if seconds >= 0 else None
+
+
+def kv_unified(command_line: Sequence[str], environment: Mapping[str, str]) -> bool | None:
+    """Return whether all slots share one pool, as llama-server decides it.
+
+    llama.cpp tools/server/server.cpp (b11549): without `-np` (or with -1) there are four slots
+    and the cache is unified; with it, only when `-kvu` is given.
+    """
+    flags = {argument.split("=", 1)[0] for argument in command_line}
+    if flags & {"-kvu", "--kv-unified"}:
+        return True
+    if flags & {"-no-kvu", "--no-kv-unified"}:
+        return False
+    unified = environment.get("LLAMA_ARG_KV_UNIFIED")
+    if unified is not None:
+        return unified.strip().lower() in {"1", "on", "true", "enabled"}
+    slots = _last(command_line, "-np", "--parallel", "--n-parallel") or environment.get(
+        "LLAMA_ARG_N_PARALLEL"
+    )
+    try:
+        return slots is None or int(slots) < 0
+    except ValueError:
+        return None
+
+
+def _last(command_line: Sequence[str], *names: str) -> str | None:
+    found = None
+    for place, argument in enumerate(command_line):
+        name, equals, value = argument.partition("=")
+        if name in names:
+            if equals:
+                found = value
+            elif place + 1 < len(command_line):
+                found = command_line[place + 1]
+    return found
+
+
+def _is_here(host: str) -> bool:
+    if is_loopback(host):
+        return True
+    own = {address.address for addresses in psutil.net_if_addrs().values() for address in addresses}
+    try:
+        resolved = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
+    except OSError:
+        return False
+    return bool(own & resolved)

@@ -1,0 +1,237 @@
+"""Who did what the server counted: the fusion of /slots with the counters of /metrics.
+
+/slots shows requests in passing, /metrics counts all of them without saying whose they are. A
+claim is what /slots showed of one request; settling gives every token that the counters grew by
+to a slot, or to nobody, so that sums always equal the server's own.
+
+The identity computed + reused + generated - 1 = tokens held (the last sampled token is never
+evaluated; llama.cpp tools/server/server-context.cpp, measured on b11549) tells whether an increase
+belongs to one request alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Tokens by where they came from."""
+
+    computed: int = 0
+    reused: int = 0
+    generated: int = 0
+
+    def __add__(self, other: Tokens) -> Tokens:
+        return Tokens(
+            self.computed + other.computed, self.reused + other.reused, self.generated + other.generated
+        )
+
+    def __sub__(self, other: Tokens) -> Tokens:
+        return Tokens(
+            self.computed - other.computed, self.reused - other.reused, self.generated - other.generated
+        )
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.computed + self.reused + self.generated
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """One request on one slot, as far as /slots showed it.
+
+    begun: it was seen at work, so computed, reused and decoded are what /slots said last.
+    held: tokens in the slot when the request was last seen; at_end: that was after its end.
+    alone: nothing else was seen at work since it was first seen. whole: the counters had not
+    counted any of it before it was first seen.
+    """
+
+    task: int
+    begun: bool = False
+    computed: int = 0
+    reused: int = 0
+    decoded: int = 0
+    held: int | None = None
+    ended: bool = False
+    at_end: bool = False
+    alone: bool = True
+    whole: bool = True
+    credited: Tokens = Tokens()
+    prefill_seconds: float = 0.0
+    settled_before: bool = False
+
+    @property
+    def capacity(self) -> int | None:
+        """How many more tokens the counters may owe to it; None where that is not known."""
+        if not self.ended:
+            # Generated tokens are counted at the end, computed ones after each batch at most.
+            return max(0, self.computed + self.reused - self.credited.computed - self.credited.reused)
+        if not self.at_end or self.held is None:
+            return None
+        return max(0, self.held + 1 - self.credited.total)
+
+    @property
+    def firm(self) -> Tokens:
+        """What the counters are sure to owe to it, by what /slots showed."""
+        if not self.begun:
+            return Tokens()
+        computed = self.computed if self.decoded or self.ended else 0
+        generated = 0
+        if self.ended:
+            generated = self.decoded
+            if self.decoded and self.at_end and self.held is not None:
+                generated = max(generated, self.held + 1 - self.computed - self.reused)
+        owed = Tokens(computed, self.reused, generated) - self.credited
+        return Tokens(max(0, owed.computed), max(0, owed.reused), max(0, owed.generated))
+
+    @property
+    def closes(self) -> bool:
+        """Whether the identity closes over everything credited to it."""
+        return (
+            self.ended
+            and self.at_end
+            and self.credited.generated > 0
+            and self.held == self.credited.total - 1
+            and (not self.begun or self.credited.reused == self.reused)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A request that ended and is settled. exact: the identity closed and nothing else worked."""
+
+    slot: int
+    claim: Claim
+    exact: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """What settling gave: tokens by slot, tokens of nobody, requests done, claims that go on."""
+
+    credits: Mapping[int, Tokens]
+    unattributed: Tokens
+    finished: tuple[Finished, ...]
+    open: Mapping[int, tuple[Claim, ...]]
+
+
+Claims = Mapping[int, tuple[Claim, ...]]
+
+
+def awaits_counters(claims: Claims) -> bool:
+    """Return whether a request ended that the counters were not asked about."""
+    return any(claim.ended for of_slot in claims.values() for claim in of_slot)
+
+
+def settle(
+    claims: Claims, increase: Tokens, prefill_seconds: float = 0.0, consistent: bool = True
+) -> Settlement:
+    """Give an increase of the server's counters to the slots that were seen at work.
+
+    One slot at work gets all of it; several share it by what /slots showed of each (first what is
+    sure, then in proportion to what each may still be owed); what is left over, or moved while no
+    slot was seen at work, is unattributed. Sums are exact whatever happens.
+
+    consistent: the counters were read while no slot changed. If not, a request that ended may be
+    counted only by the next reading, so it is kept open once.
+    """
+    work = [_Share(slot, claim) for slot in sorted(claims) for claim in claims[slot]]
+    at_work = [share for share in work if share.claim.ended or (share.claim.capacity or 0) > 0]
+    places = {share.slot for share in at_work}
+    left = increase
+    if len(at_work) == 1:
+        at_work[0].credit += left
+        left = Tokens()
+    else:
+        left = _apportion(at_work, left)
+        if len(places) == 1 and left.total:
+            # Whatever else was counted was done by the one slot that changed.
+            at_work[0].extra += left
+            left = Tokens()
+    only = at_work[0] if len(at_work) == 1 and len(work) == 1 else None
+    credits: dict[int, Tokens] = {}
+    open_claims: dict[int, tuple[Claim, ...]] = {}
+    finished: list[Finished] = []
+    for share in work:
+        gained = share.credit + share.extra
+        credits[share.slot] = credits.get(share.slot, Tokens()) + gained
+        claim = replace(
+            share.claim,
+            credited=share.claim.credited + share.credit,
+            prefill_seconds=share.claim.prefill_seconds + (prefill_seconds if share is only else 0.0),
+            alone=share.claim.alone and len(work) == 1,
+        )
+        waits = not consistent and not claim.settled_before and not claim.closes
+        if claim.ended and not waits:
+            exact = claim.alone and claim.whole and claim.closes
+            finished.append(Finished(share.slot, claim, exact))
+        else:
+            claim = replace(claim, settled_before=claim.settled_before or claim.ended)
+            open_claims[share.slot] = (*open_claims.get(share.slot, ()), claim)
+    return Settlement(credits, left, tuple(finished), open_claims)
+
+
+def settle_without_counters(claims: Claims) -> Settlement:
+    """Credit what /slots itself showed, for a server without `--metrics`: never more than was done."""
+    credits: dict[int, Tokens] = {}
+    open_claims: dict[int, tuple[Claim, ...]] = {}
+    finished: list[Finished] = []
+    for slot in sorted(claims):
+        for claim in claims[slot]:
+            gained = claim.firm
+            credits[slot] = credits.get(slot, Tokens()) + gained
+            settled = replace(claim, credited=claim.credited + gained)
+            if settled.ended:
+                finished.append(Finished(slot, settled, exact=False))
+            else:
+                open_claims[slot] = (*open_claims.get(slot, ()), settled)
+    return Settlement(credits, Tokens(), tuple(finished), open_claims)
+
+
+class _Share:
+    """One claim while an increase is shared out. extra: its slot's, but not this request's."""
+
+    def __init__(self, slot: int, claim: Claim) -> None:
+        self.slot = slot
+        self.claim = claim
+        self.credit = Tokens()
+        self.extra = Tokens()
+
+    def room(self) -> int | None:
+        capacity = self.claim.capacity
+        return None if capacity is None else max(0, capacity - self.credit.total)
+
+
+def _apportion(shares: Sequence[_Share], increase: Tokens) -> Tokens:
+    left = {"computed": increase.computed, "reused": increase.reused, "generated": increase.generated}
+    for share in shares:
+        firm = share.claim.firm
+        for kind in left:
+            gained = min(left[kind], getattr(firm, kind))
+            left[kind] -= gained
+            share.credit += Tokens(**{kind: gained})
+    # Reused first: it is counted at the start of a prompt, so it is the surest of the three.
+    for kind in ("reused", "generated", "computed"):
+        able = [share for share in shares if kind != "generated" or share.claim.ended]
+        for share, gained in zip(able, _in_proportion(left[kind], [s.room() for s in able]), strict=True):
+            left[kind] -= gained
+            share.credit += Tokens(**{kind: gained})
+    return Tokens(**left)
+
+
+def _in_proportion(amount: int, rooms: Iterable[int | None]) -> list[int]:
+    """Split amount by room (None: unlimited), whole numbers, never more than there is room for."""
+    limits = [amount if room is None else min(room, amount) for room in rooms]
+    total = sum(limits)
+    if total <= amount:
+        return limits
+    shares = [amount * limit // total for limit in limits]
+    short = amount - sum(shares)
+    for place, limit in enumerate(limits):
+        step = min(short, limit - shares[place])
+        shares[place] += step
+        short -= step
+    return shares

@@ -1,0 +1,224 @@
+"""What one slot went through between two looks: phases, requests, what it lost and why.
+
+The table "what polls saw -> reason, kept" is docs/decisions/0010-evictions-by-polling.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from kvscope.observed.server import Phase, SlotSeen
+from kvscope.tracking.ledger import Claim
+
+
+class Reason(StrEnum):
+    """Why a slot lost tokens, as far as polling can know."""
+
+    TAKEOVER = "takeover"
+    DIVERGED = "diverged"
+    IDLE_CLEAR = "idle_clear"
+    CONTEXT_SHIFT = "context_shift"
+    ERASE = "erase"
+    SLEEP = "sleep"
+    RESTART = "restart"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """Tokens that left a slot. events is 0 where they belong to an event counted elsewhere."""
+
+    slot: int
+    reason: Reason
+    tokens: int
+    events: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What the other slots tell about this one between the same two looks.
+
+    tasks_begun: tasks that were first seen now, on any slot. lru_ranks: by slot, before they began.
+    pool_may_have_filled: idle clearing and a purge cannot be told apart then.
+    kv_unified: None where it is not known.
+    """
+
+    tasks_begun: int
+    lru_ranks: Mapping[int, int]
+    pool_may_have_filled: bool
+    kv_unified: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class SlotTrack:
+    """One slot's own last seen state, and what polling has worked out about it.
+
+    held_before: tokens it held when the task under way began, until it is known what became of
+    them. taken_by_lru: whether that task may have got the slot as the least recently used one
+    (None: the order is not known). release: order of the last release seen, the same for two in
+    one look.
+    """
+
+    seen: SlotSeen
+    phase_started_at: float
+    last_used_at: float | None = None
+    release: int | None = None
+    held_before: int | None = None
+    taken_by_lru: bool | None = None
+    last_prefill_seconds: float | None = None
+    last_prompt_tokens: Mapping[str, int] | None = None
+
+
+def began_task(before: SlotSeen, now: SlotSeen) -> bool:
+    """Return whether a task that was not seen before began on the slot."""
+    if now.task is None:  # builds without id_task show only that it got busy
+        return before.task is None and now.processing and not before.processing
+    return now.task != before.task
+
+
+def was_reset(before: SlotSeen, now: SlotSeen) -> bool:
+    """Return whether the slot is a new one that never worked, after a restart or a sleep."""
+    return before.task is not None and now.task is None
+
+
+def has_begun(now: SlotSeen, held_before: int | None) -> bool:
+    """Return whether the task under way reads its prompt, so that its reused tokens are known.
+
+    Before that the slot still shows what it held and zeros.
+    """
+    return (
+        now.processing
+        and now.reused_tokens is not None
+        and (
+            bool(now.decoded_tokens)
+            or bool(now.computed_tokens)
+            or bool(now.reused_tokens)
+            or now.held_tokens != held_before
+        )
+    )
+
+
+def released(before: SlotSeen, now: SlotSeen) -> bool:
+    """Return whether a task ended on the slot since it was last seen."""
+    return not now.processing and (before.processing or began_task(before, now))
+
+
+def lru_ranks(tracks: Iterable[SlotTrack]) -> Mapping[int, int]:
+    """Return for each idle slot whose place is known the place at which LRU takes it, from 1.
+
+    Never-used slots go first, highest id first; then by the release of the last task
+    (llama.cpp tools/server/server-context.cpp, get_available_slot). Two releases in one look, or
+    two slots whose last release was before the first look, have no known order.
+    """
+    idle = [track for track in tracks if not track.seen.processing]
+    ranks: dict[int, int] = {}
+    place = 1
+    for track in sorted((t for t in idle if t.seen.task is None), key=lambda t: -t.seen.id):
+        ranks[track.seen.id] = place
+        place += 1
+    used = [track for track in idle if track.seen.task is not None]
+    for release in sorted({-1 if t.release is None else t.release for t in used}):
+        group = [t for t in used if (-1 if t.release is None else t.release) == release]
+        if len(group) == 1:
+            ranks[group[0].seen.id] = place
+        place += len(group)
+    return ranks
+
+
+def advance_slot(
+    track: SlotTrack, now: SlotSeen, at: float, look: int, surroundings: Surroundings
+) -> tuple[SlotTrack, tuple[Loss, ...]]:
+    """Return the slot's track after a look, and what it lost for certain by then.
+
+    A task that began and ended between two looks is decided by `decide_ended` once the counters
+    are settled.
+    """
+    before = track.seen
+    held = before.held_tokens
+    losses: list[Loss] = []
+    if began_task(before, now):
+        rank = surroundings.lru_ranks.get(now.id)
+        track = replace(
+            track,
+            held_before=held if held else None,
+            taken_by_lru=None if rank is None else rank <= surroundings.tasks_begun,
+        )
+    elif held and now.held_tokens is not None and now.held_tokens < held:
+        loss = _shrunk(before, now, surroundings)
+        if loss is not None:
+            losses.append(loss)
+    if track.held_before is not None and has_begun(now, track.held_before):
+        loss = taken(track, now.reused_tokens or 0)
+        if loss is not None:
+            losses.append(loss)
+        track = replace(track, held_before=None)
+    ended = released(before, now)
+    phase_changed = now.phase != before.phase or began_task(before, now)
+    return (
+        replace(
+            track,
+            seen=now,
+            phase_started_at=at if phase_changed else track.phase_started_at,
+            last_used_at=at if now.processing or ended else track.last_used_at,
+            release=look if ended else track.release,
+        ),
+        tuple(losses),
+    )
+
+
+def taken(track: SlotTrack, reused: int) -> Loss | None:
+    """Return what a task that reused so many tokens made the slot lose, or None for nothing."""
+    held = track.held_before or 0
+    lost = held - reused
+    # At least one prompt token is always computed again: that one was not lost.
+    if lost <= 1:
+        return None
+    if track.taken_by_lru is None:
+        reason = Reason.UNKNOWN
+    elif reused == 0:
+        if not track.taken_by_lru:
+            # Picked by similarity, yet nothing reused: `cache_prompt: false` computes all again.
+            return None
+        reason = Reason.TAKEOVER
+    else:
+        # Found by LRU the tokens may have come from host RAM: takeover and diverged both fit.
+        reason = Reason.UNKNOWN if track.taken_by_lru else Reason.DIVERGED
+    return Loss(track.seen.id, reason, lost)
+
+
+def decide_ended(track: SlotTrack, claim: Claim, exact: bool) -> tuple[SlotTrack, Loss | None]:
+    """Decide what a task that was never seen at work made its slot lose, once it is settled.
+
+    Exactly known requests are judged by what they reused; of others only what is certainly gone
+    counts: the slot holds less than before.
+    """
+    if track.held_before is None or track.seen.processing or track.seen.task != claim.task:
+        return track, None
+    loss: Loss | None
+    if exact:
+        loss = taken(track, claim.credited.reused)
+    else:
+        lost = track.held_before - (track.seen.held_tokens or 0)
+        loss = Loss(track.seen.id, Reason.UNKNOWN, lost) if lost > 1 else None
+    return replace(track, held_before=None), loss
+
+
+def _shrunk(before: SlotSeen, now: SlotSeen, surroundings: Surroundings) -> Loss | None:
+    held, held_now = before.held_tokens or 0, now.held_tokens or 0
+    if before.processing and now.processing:
+        if before.phase == now.phase == Phase.DECODE:
+            grown = (now.decoded_tokens or 0) - (before.decoded_tokens or 0)
+            return Loss(now.id, Reason.CONTEXT_SHIFT, held + max(0, grown) - held_now)
+        return None  # a batch in flight that was taken back
+    elsewhere = surroundings.tasks_begun > 0
+    # A child of `n > 1` is cleared at its end, a cancelled batch is taken back: no loss.
+    if before.processing and (held_now or not elsewhere):
+        return None
+    if held_now:
+        return Loss(now.id, Reason.UNKNOWN, held - held_now)
+    if not elsewhere:
+        return Loss(now.id, Reason.ERASE, held)
+    clears = surroundings.kv_unified is not False and not surroundings.pool_may_have_filled
+    return Loss(now.id, Reason.IDLE_CLEAR if clears else Reason.UNKNOWN, held)
