@@ -154,3 +154,7 @@ class Board:
     def snapshot(self) -> Snapshot:
         """Return every server's newest box, in the order of the settings."""
         return Snapshot(tuple(self._boxes[name] for name in self._names if name in self._boxes))
+
+    def missing(self) -> tuple[str, ...]:
+        """Return the names of the servers that were not looked at yet, in the order of the settings."""
+        return tuple(name for name in self._names if name not in self._boxes)

@@ -79,16 +79,20 @@ class Exposition:
 
     def render(self, snapshot: Snapshot, form: Format) -> bytes:
         """Return the body of a scrape: every known family, then the exporter's process metrics."""
-        openmetrics = form is Format.OPENMETRICS
         registry = CollectorRegistry()
+        with_created = form is Format.OPENMETRICS
         registry.register(
-            SnapshotCollector(snapshot, self._families, with_created=openmetrics, broken=self._broken)
+            SnapshotCollector(snapshot, self._families, with_created=with_created, broken=self._broken)
         )
         registry.register(self._process)
-        # No name of ours needs escaping, so every scheme gives the same bytes; this one checks a name
-        # with one regular expression instead of one character at a time.
-        encode = openmetrics_format.generate_latest if openmetrics else text_format.generate_latest
-        return encode(registry, escaping=openmetrics_format.ALLOWUTF8)
+        if form is Format.TEXT:
+            return text_format.generate_latest(registry)
+        # No name of ours needs escaping, so every scheme gives the same bytes; the default one walks
+        # through each sample's name character by character and takes a third longer.
+        body: bytes = openmetrics_format.generate_latest(  # type: ignore[no-untyped-call]
+            registry, escaping=openmetrics_format.ALLOWUTF8
+        )
+        return body
 
 
 def _metric(family: Family, snapshot: Snapshot, *, with_created: bool) -> Metric:

@@ -1,8 +1,8 @@
-"""A snapshot that has a value for everything, and a smaller one that has almost none."""
+"""Snapshots with a value for everything, and with almost none."""
 
 from __future__ import annotations
 
-import pytest
+from dataclasses import replace
 
 from kvscope.observed.server import Phase, ServerState, Source
 from kvscope.snapshot import (
@@ -97,11 +97,18 @@ def full_box(name: str = "main", model: str = "tiny", slots: int = 4) -> ServerB
     )
 
 
-@pytest.fixture
-def full() -> Snapshot:
-    return Snapshot((full_box(),))
+def full_snapshot() -> Snapshot:
+    """Two servers, one of which served another model before, and one that was never reached."""
+    changed = full_box("changed", "large", slots=2)
+    return Snapshot(
+        (
+            full_box(),
+            replace(changed, counts=(full_counts("small", 4), full_counts("large", 2, FIRST_LOOK + 500))),
+            unreachable_box(),
+        )
+    )
 
 
-@pytest.fixture
-def unreachable() -> ServerBox:
+def unreachable_box() -> ServerBox:
+    """What is known of a server that never answered."""
     return ServerBox("far", ServerState.UNREACHABLE, up=False, created_at=FIRST_LOOK)
