@@ -1,0 +1,1 @@
+"""One file for each command that does more than call one function."""

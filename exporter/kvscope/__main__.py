@@ -1,0 +1,5 @@
+"""`python -m kvscope` is the command kvscope."""
+
+from kvscope.cli import main
+
+main()
