@@ -1,0 +1,1 @@
+"""Views for a terminal: pure functions from a snapshot to text."""

@@ -1,0 +1,183 @@
+"""`kvscope demo`: a real server on a tiny model, an agent session against it, and the exporter watching."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from kvscope.app import CannotListen, serve
+from kvscope.demo.screen import Screen
+from kvscope.poller import Poller
+from kvscope.settings import ServerSettings, Settings
+from kvscope.snapshot import ServerBox
+
+if TYPE_CHECKING:
+    from kvscope.demo.running_server import RunningServer
+    from kvscope.demo.session import AgentSession
+
+SERVER_NAME = "demo"
+ALIVE_EVERY_SECONDS = 0.25
+LAST_LOOK_SECONDS = 1.5
+
+# One thread and small batches: a prefill then lasts long enough to be watched.
+SLOW_FLAGS = ("-t", "1", "-b", "256", "-ub", "128")
+
+
+class DemoFailed(Exception):
+    """A part of the demo died; the text is one line that says which."""
+
+
+@click.command()
+@click.option("--turns", type=click.IntRange(min=1), help="End after so many turns of the main agent.")
+@click.option(
+    "--mode",
+    type=click.Choice(["default", "separate"]),
+    default="default",
+    show_default=True,
+    help="The server's slots: one pool shared by all (llama-server's default), or separate ones (-np 4).",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the random words and the model.")
+@click.option(
+    "--breath",
+    type=click.FloatRange(min=0),
+    default=1.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Pause after each request.",
+)
+@click.option(
+    "--picture",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the table's fullest moment to this file as SVG, at the end.",
+)
+def demo(turns: int | None, mode: str, seed: int, breath: float, picture: Path | None) -> None:
+    """Watch a scripted agent session fill the slots of a real llama.cpp server.
+
+    Everything runs on this machine: the server (from the package xllamacpp) on a model of a few MB
+    with random weights, the session, and the exporter. Ctrl-C ends it.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        run_demo(turns, mode, seed, breath, picture)
+    except KeyboardInterrupt:
+        pass
+    except DemoFailed as error:
+        click.echo(f"kvscope demo: {error}", err=True)
+        sys.exit(1)
+
+
+def run_demo(turns: int | None, mode: str, seed: int, breath: float, picture: Path | None = None) -> None:
+    """Run the demo until its turns are over or SIGTERM or SIGINT comes.
+
+    Raises DemoFailed when a part of it dies or its packages are not installed.
+    """
+    if missing := [name for name in ("gguf", "numpy", "xllamacpp") if find_spec(name) is None]:
+        raise DemoFailed(
+            f"not installed: {', '.join(missing)}; install kvscope with its extra, kvscope[demo]"
+        )
+    # Only now: these need the extra's packages.
+    from kvscope.demo.running_server import RunningServer, ServerDidNotStart
+    from kvscope.demo.session import CONTEXT_LIMIT, POOL_LIMIT, AgentSession
+
+    context = ("-c", str(POOL_LIMIT)) if mode == "default" else ("-np", "4", "-c", str(4 * CONTEXT_LIMIT))
+    with Screen(SERVER_NAME) as screen:
+        screen.tell("starting a llama.cpp server on a tiny model")
+        with RunningServer(
+            tiny_model(seed), *context, *SLOW_FLAGS, "--metrics", "-a", "kvscope-tiny"
+        ) as server:
+            try:
+                server.wait()
+            except ServerDidNotStart as error:
+                raise DemoFailed(str(error)) from None
+            session = AgentSession(server.url, screen.tell, seed, breath)
+            asyncio.run(_play(server, session, screen, turns))
+    if picture:
+        picture.write_text(screen.picture(f"kvscope demo --mode {mode}"))
+
+
+def tiny_model(seed: int) -> Path:
+    """Return the path of the demo's model in the user's cache directory, written there if it is not yet.
+
+    Raises DemoFailed when it cannot be written.
+    """
+    from kvscope.demo import tiny_model as source
+
+    shape = hashlib.sha256(Path(source.__file__).read_bytes()).hexdigest()[:12]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvscope"
+    model = cache / f"kvscope-tiny-{shape}-{seed}.gguf"
+    if model.is_file():
+        return model
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        # Under another name first, so that no half model is ever taken for a whole one.
+        with tempfile.TemporaryDirectory(dir=cache) as directory:
+            source.write_tiny_model(Path(directory) / "model.gguf", seed).replace(model)
+    except OSError as error:
+        raise DemoFailed(
+            f"cannot write the model to the cache directory ({error.strerror}): set XDG_CACHE_HOME"
+        ) from None
+    return model
+
+
+async def _play(server: RunningServer, session: AgentSession, screen: Screen, turns: int | None) -> None:
+    from kvscope.demo.session import SessionFailed
+
+    stop = asyncio.Event()
+    exporter = asyncio.create_task(_export(server.url, screen, stop))
+    playing = asyncio.create_task(session.run(turns))
+    others = [asyncio.create_task(_until_it_ends(server)), asyncio.create_task(screen.draw())]
+    await asyncio.wait({exporter, playing, *others}, return_when=asyncio.FIRST_COMPLETED)
+    if playing.done() and not playing.exception():
+        # The last request is seen to end at the exporter's next look.
+        await asyncio.wait(
+            {exporter, *others}, timeout=LAST_LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED
+        )
+    died = server.exit_code()
+    stop.set()
+    for task in (playing, *others):
+        task.cancel()
+    ended = await asyncio.gather(exporter, playing, *others, return_exceptions=True)
+    if died is not None:
+        raise DemoFailed(f"the llama.cpp server died (exit code {died}): {server.log_tail()}")
+    for error in ended:
+        if isinstance(error, SessionFailed | CannotListen):
+            raise DemoFailed(str(error)) from None
+        if isinstance(error, Exception):
+            raise error
+
+
+async def _export(url: str, screen: Screen, stop: asyncio.Event) -> None:
+    settings = Settings(servers=(ServerSettings(SERVER_NAME, url=url, sleep_idle="off"),))
+
+    def make_poller(
+        server: ServerSettings, settings: Settings, publish: Callable[[ServerBox], None]
+    ) -> Poller:
+        def publish_and_show(box: ServerBox) -> None:
+            publish(box)
+            screen.publish(box)
+
+        return Poller(server, settings, publish_and_show)
+
+    async def listen(settings: Settings) -> None:
+        await serve(settings, make_poller=make_poller, stop=stop, listening=screen.listening)
+
+    try:
+        await listen(settings)
+    except CannotListen:
+        screen.tell(f"port {settings.listen_port} is taken, so the exporter listens on another one")
+        await listen(Settings(servers=settings.servers, listen_port=0))
+
+
+async def _until_it_ends(server: RunningServer) -> None:
+    while server.exit_code() is None:  # noqa: ASYNC110 - the system tells it only to who asks
+        await asyncio.sleep(ALIVE_EVERY_SECONDS)
