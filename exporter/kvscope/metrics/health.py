@@ -42,7 +42,7 @@ FAMILIES = (
         Kind.GAUGE,
         "Whether the last look at the source went well.",
         SOURCE,
-        "the source named by the label",
+        "nothing",
         _each_source(lambda source: source.up),
     ),
     Family(
@@ -50,7 +50,7 @@ FAMILIES = (
         Kind.COUNTER,
         "Looks at the source that failed.",
         SOURCE,
-        "the source named by the label",
+        "nothing",
         _each_source(lambda source: source.failures),
     ),
     Family(
@@ -58,15 +58,15 @@ FAMILIES = (
         Kind.GAUGE,
         "When a look at the source last went well, in seconds since 1970.",
         SOURCE,
-        "the source named by the label",
+        "nothing",
         _each_source(lambda source: source.last_success_at),
     ),
     Family(
         "kvscope_source_duration_seconds",
         Kind.GAUGE,
-        "How long the last look at the source took.",
+        "How long the last look at the source took; absent after one that failed.",
         SOURCE,
-        "the source named by the label",
+        "nothing",
         _each_source(lambda source: source.duration_seconds),
     ),
     Family(
@@ -74,7 +74,7 @@ FAMILIES = (
         Kind.GAUGE,
         "How long the exporter waits at present between two looks at the source.",
         SOURCE,
-        "the source named by the label",
+        "nothing",
         _each_source(lambda source: source.interval_seconds),
     ),
 )

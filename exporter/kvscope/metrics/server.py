@@ -32,7 +32,7 @@ FAMILIES = (
         "Whether the server answers as a llama.cpp server does: 1 in the states ready, loading, sleeping, "
         "stalled and slots_disabled, else 0.",
         SERVER,
-        "nothing: never absent after the first look",
+        "nothing",
         each_server(lambda box: box.up),
     ),
     Family(
@@ -40,7 +40,7 @@ FAMILIES = (
         Kind.STATE_SET,
         "The state the server is in: 1 for the state that holds, 0 for every other.",
         (*SERVER, "state"),
-        "nothing: never absent after the first look",
+        "nothing",
         each_server(lambda box: one_of(ServerState, box.state)),
     ),
     Family(
@@ -65,7 +65,7 @@ FAMILIES = (
         Kind.COUNTER,
         "Restarts of the server that the exporter saw.",
         SERVER,
-        "metrics or process, else it stays at 0",
+        "metrics, process or slots",
         each_server(lambda box: box.restarts),
     ),
     Family(
@@ -79,9 +79,9 @@ FAMILIES = (
     Family(
         "kvscope_server_last_restart_timestamp_seconds",
         Kind.GAUGE,
-        "When the exporter last saw the server restarted, in seconds since 1970.",
+        "When the exporter last saw that the server had restarted, in seconds since 1970; absent before that.",
         SERVER,
-        "metrics or process, and a restart",
+        "metrics, process or slots",
         each_server(lambda box: box.last_restart_at),
     ),
     Family(
@@ -97,7 +97,7 @@ FAMILIES = (
         Kind.GAUGE,
         "Slots that read a prompt or generate now.",
         MODEL,
-        "slots or metrics",
+        "slots",
         each_served_model(lambda box: box.slots_busy),
     ),
     Family(
@@ -105,7 +105,7 @@ FAMILIES = (
         Kind.GAUGE,
         "Requests that wait for a free slot.",
         MODEL,
-        "metrics; 0 by slots alone while a slot is free",
+        "slots; besides metrics while every slot is busy",
         each_served_model(lambda box: box.requests_deferred),
     ),
     Family(

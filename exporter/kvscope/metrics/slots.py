@@ -83,7 +83,7 @@ FAMILIES = (
         "kvscope_slot_lru_rank",
         Kind.GAUGE,
         "The slot's place in the order in which unrelated prompts take idle slots: 1 is taken next; only "
-        "with separate slots.",
+        "with separate slots, and only after two requests were seen to end.",
         SLOT,
         "slots",
         each_slot(lambda slot: slot.lru_rank),

@@ -337,7 +337,7 @@ def _seen_at_work(claim: Claim, now: SlotSeen, held_before: int | None) -> Claim
 def _pool_may_have_filled(history: History, seen: Mapping[int, SlotSeen]) -> bool:
     """Whether a unified pool could have run out, if all that was held and is held lay in it at once."""
     pool = next((slot.context_limit_tokens for slot in seen.values()), None)
-    if pool is None:
+    if pool is None or not history.tracks:
         return True
     held = sum(track.seen.held_tokens or 0 for track in history.tracks.values())
     changed = sum(
@@ -345,7 +345,7 @@ def _pool_may_have_filled(history: History, seen: Mapping[int, SlotSeen]) -> boo
         for slot_id, slot in seen.items()
         if slot.processing or began_task(history.tracks[slot_id].seen, slot)
     )
-    return held + changed > pool if history.tracks else True
+    return held + changed > pool
 
 
 def _kv_unified(history: History, seen: Iterable[SlotSeen]) -> bool | None:

@@ -216,10 +216,22 @@ def _apportion(shares: Sequence[_Share], increase: Tokens) -> Tokens:
     # Reused first: it is counted at the start of a prompt, so it is the surest of the three.
     for kind in ("reused", "generated", "computed"):
         able = [share for share in shares if kind != "generated" or share.claim.ended]
-        for share, gained in zip(able, _in_proportion(left[kind], [s.room() for s in able]), strict=True):
+        rooms = [share.room() for share in able]
+        amount = left[kind]
+        if kind == "generated":
+            amount = _fair_part(amount, left["computed"], rooms)
+        for share, gained in zip(able, _in_proportion(amount, rooms), strict=True):
             left[kind] -= gained
             share.credit += Tokens(**{kind: gained})
     return Tokens(**left)
+
+
+def _fair_part(generated: int, computed: int, rooms: Sequence[int | None]) -> int:
+    """How many of the generated tokens fit, if computed and generated ones fill the room alike."""
+    known = [room for room in rooms if room is not None]
+    if len(known) < len(rooms) or generated + computed <= sum(known):
+        return generated
+    return generated * sum(known) // (generated + computed)
 
 
 def _in_proportion(amount: int, rooms: Iterable[int | None]) -> list[int]:
