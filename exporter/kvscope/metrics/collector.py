@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from enum import Enum
 from functools import lru_cache
+from math import isfinite
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client import exposition as text_format
@@ -14,6 +15,7 @@ from prometheus_client.openmetrics import exposition as openmetrics_format
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
+from kvscope.logs import what_and_where
 from kvscope.metrics import cache, health, server, slots
 from kvscope.metrics.family import Family, Kind
 from kvscope.snapshot import HistogramCounts, Snapshot
@@ -59,8 +61,10 @@ class SnapshotCollector(Collector):
                 metric = _metric(family, self._snapshot, with_created=self._with_created)
             except Exception as error:  # whatever a row raises, the other rows must be served
                 if family.name not in self._broken:
-                    log.error(  # noqa: TRY400 - one line; a traceback at every start of a fault hides it
-                        "metric %s is left out: %s: %s", family.name, type(error).__name__, error
+                    log.error(  # noqa: TRY400 - one line, without the exception's text
+                        "metric %s is left out: a fault of kvscope (%s), please report it",
+                        family.name,
+                        what_and_where(error),
                     )
                 self._broken.add(family.name)
                 continue
@@ -111,7 +115,10 @@ def _metric(family: Family, snapshot: Snapshot, *, with_created: bool) -> Metric
         if isinstance(reading.value, HistogramCounts):
             metric.samples.extend(_histogram(name, labels, reading.value))
         else:
-            add(Sample(family.name, labels, float(reading.value)))
+            value = float(reading.value)
+            if not isfinite(value):
+                continue
+            add(Sample(family.name, labels, value))
         if created and reading.created_at is not None:
             add(Sample(created, labels, reading.created_at))
     return metric

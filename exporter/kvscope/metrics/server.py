@@ -79,7 +79,7 @@ FAMILIES = (
     Family(
         "kvscope_server_last_restart_timestamp_seconds",
         Kind.GAUGE,
-        "When the exporter last saw that the server had restarted, in seconds since 1970; absent before that.",
+        "When the exporter last saw the server restarted, in seconds since 1970; absent before.",
         SERVER,
         "metrics, process or slots",
         each_server(lambda box: box.last_restart_at),

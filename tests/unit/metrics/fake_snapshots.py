@@ -17,10 +17,7 @@ from kvscope.snapshot import (
 )
 
 FIRST_LOOK = 1_700_000_000.25
-REASONS = (
-    "takeover", "diverged", "idle_clear", "purge", "overflow", "context_shift",
-    "no_checkpoint", "erase", "lora", "sleep", "restart", "unknown",
-)  # fmt: skip
+REASONS = ("takeover", "diverged", "idle_clear", "context_shift", "erase", "sleep", "restart", "unknown")
 BOUNDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
 
 
@@ -33,7 +30,7 @@ def full_slot(number: int) -> SlotBox:
         phase_started_at=FIRST_LOOK + 60,
         prefill_tokens=512 if number == 0 else None,
         last_prefill_seconds=1.5,
-        last_prompt_tokens={"computed": 482, "slot": 1730},
+        last_prompt_tokens={"computed": 482, "unknown": 1730},
         last_used_at=FIRST_LOOK + 59.5,
         lru_rank=number or None,
     )

@@ -108,6 +108,14 @@ def test_truths_are_1_and_0_and_unknown_truths_are_absent() -> None:
     assert (unified(True), unified(False), unified(None)) == ([1.0], [0.0], [])
 
 
+@pytest.mark.parametrize("nothing", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("form", Format)
+def test_what_is_no_number_is_absent(form: Format, nothing: float) -> None:
+    box = replace(full_box(), started_at=nothing, requests_deferred=1)
+    assert series(only(box), "kvscope_server_start_time_seconds", form) == []
+    assert series(only(box), "kvscope_requests_deferred", form) == [({"server": "main", "model": "tiny"}, 1)]
+
+
 def test_counters_without_a_source_are_absent() -> None:
     counts = replace(
         full_counts("tiny", 1),
@@ -220,7 +228,7 @@ def test_the_exporter_tells_its_build_and_its_own_process() -> None:
 
 def _breaks(_: Snapshot) -> Iterator[Reading]:
     yield Reading(("main",), 1)
-    raise KeyError("a row's mistake")
+    raise KeyError("canary")
 
 
 BROKEN_ROWS = {
@@ -245,8 +253,27 @@ def test_a_broken_row_costs_only_its_own_metric_and_one_line(
         assert {line for line in body.splitlines() if "kvscope" in line} == without
     assert len(caplog.records) == 1
     assert caplog.records[0].getMessage().startswith("metric kvscope_broken is left out: ")
-    assert "\n" not in caplog.records[0].getMessage()
+    assert "canary" not in caplog.text
     assert caplog.records[0].exc_info is None
+
+
+def test_a_row_that_works_again_is_served_again_and_its_next_fault_is_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    works = False
+
+    def readings(_: Snapshot) -> list[Reading]:
+        if not works:
+            raise ValueError
+        return [Reading((), 1)]
+
+    family = Family("kvscope_shaky", Kind.GAUGE, "Shaky.", (), "nothing", readings)
+    exposition = Exposition([family])
+    bodies = []
+    for works in (False, True, False):  # noqa: B007 - readings looks at it
+        bodies.append(exposition.render(Snapshot(), Format.TEXT).decode())
+    assert ["kvscope_shaky 1.0" in body for body in bodies] == [False, True, False]
+    assert len(caplog.records) == 2
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not on PATH: run `make tools`")

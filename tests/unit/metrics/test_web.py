@@ -195,7 +195,7 @@ async def test_the_snapshot_is_versioned_json_without_unknowns(client: TestClien
     assert content["version"] == 1
     main, far = content["servers"]
     assert main["slots"][0]["phase"] == "prefill"
-    assert main["slots"][0]["last_prompt_tokens"] == {"computed": 482, "slot": 1730}
+    assert main["slots"][0]["last_prompt_tokens"] == {"computed": 482, "unknown": 1730}
     assert "prefill_tokens" not in main["slots"][1]
     assert main["counts"][0]["evictions"]["slot/takeover/unknown"] == {"events": 2, "tokens": 3060}
     assert main["counts"][0]["slots"]["2"]["phase_seconds"]["idle"] == 100.5
