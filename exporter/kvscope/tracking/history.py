@@ -199,8 +199,7 @@ def _with_frame(history: History, look: ServerLook) -> History:
     if look.props is not None:
         model = look.props.model or history.model
         if history.model is not None and model != history.model:
-            history = _emptied(history, Reason.RESTART)
-            history = replace(history, tracks={}, claims={})
+            history = replace(_blanked(_emptied(history, Reason.RESTART)), claims={})
         history = replace(history, props=look.props, props_seen=look.monotonic, model=model)
     if history.model not in history.counts and (look.slots is not None or look.counters is not None):
         history = replace(
@@ -250,7 +249,8 @@ def _with_slots(
     seen = {slot.id: slot for slot in slots}
     if history.tracks and set(seen) != set(history.tracks):
         # Another number of slots: the old ones are gone with what they held.
-        history = replace(_emptied(history, Reason.RESTART), tracks={}, claims={})
+        history = _emptied(history, Reason.RESTART)
+        history = replace(history, tracks={slot.id: _blank_track(slot, look.at) for slot in slots}, claims={})
     elif any(was_reset(track.seen, seen[slot_id]) for slot_id, track in history.tracks.items()):
         # New slots in a process that did not restart: it slept and woke between two looks.
         slept = look.counters is not None and look.counters.process_identity is not None
@@ -405,14 +405,15 @@ def _emptied(history: History, reason: Reason) -> History:
 def _blanked(history: History) -> History:
     """Slots as a new process or a model that was loaded again has them: none has ever worked."""
     tracks = {
-        slot_id: SlotTrack(
-            SlotSeen(slot_id, track.seen.context_limit_tokens, phase=Phase.IDLE, held_tokens=0),
-            phase_started_at=track.phase_started_at,
-            last_used_at=track.last_used_at,
-        )
+        slot_id: replace(_blank_track(track.seen, track.phase_started_at), last_used_at=track.last_used_at)
         for slot_id, track in history.tracks.items()
     }
     return replace(history, tracks=tracks)
+
+
+def _blank_track(slot: SlotSeen, at: float) -> SlotTrack:
+    seen = SlotSeen(slot.id, slot.context_limit_tokens, phase=Phase.IDLE, held_tokens=0)
+    return SlotTrack(seen, phase_started_at=at)
 
 
 def _asleep(history: History, look: ServerLook) -> History:
