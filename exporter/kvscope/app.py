@@ -140,7 +140,7 @@ async def _watch(
         if time.monotonic() - started > LONGEST_PAUSE_SECONDS:
             pause = first_pause_seconds
         log.error(
-            "server %s: its poller stopped by a fault of kvscope (%s) and starts again in %g s; please report it",
+            "server %s: its poller stopped by a fault of kvscope (%s), next try in %g s; please report it",
             server.name,
             reason,
             pause,

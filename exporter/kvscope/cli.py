@@ -8,6 +8,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 
 import click
+from click.core import ParameterSource
 
 from kvscope.commands.healthcheck import healthcheck
 from kvscope.commands.serve import serve
@@ -66,6 +67,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     try:
         code = kvscope.main(args=arguments, prog_name="kvscope", standalone_mode=False)
     except click.ClickException as error:
+        _name_variable(error)
         return _refuse(error.format_message(), error.exit_code)
     except SettingsError as error:
         return _refuse(str(error), 2)
@@ -76,6 +78,14 @@ def run(arguments: Sequence[str] | None = None) -> int:
         sys.stdout = None
         return 0
     return code if isinstance(code, int) else 0
+
+
+def _name_variable(error: click.ClickException) -> None:
+    """Let the error name the environment variable where the wrong value came from one."""
+    if isinstance(error, click.BadParameter) and error.ctx and error.param and error.param.name:
+        source = error.ctx.get_parameter_source(error.param.name)
+        if source is ParameterSource.ENVIRONMENT and isinstance(error.param.envvar, str):
+            error.param_hint = error.param.envvar
 
 
 def _refuse(message: str, code: int) -> int:

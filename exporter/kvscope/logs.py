@@ -46,11 +46,7 @@ class TextLines(logging.Formatter):
         level = record.levelname.lower()
         if self._colour:
             level = click.style(level, fg=_COLOURS.get(record.levelname))
-        server = getattr(record, "server", None)
-        message = _message(record)
-        return (
-            f"{_time(record)} {level} {server}: {message}" if server else f"{_time(record)} {level} {message}"
-        )
+        return f"{_time(record)} {level} {_message(record)}"
 
 
 class JsonLines(logging.Formatter):

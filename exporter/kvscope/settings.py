@@ -181,7 +181,7 @@ def _socket_address(text: str, shown: str) -> Address:
         raise SettingsError(f"{shown!r} has no absolute socket path: write for example unix:/run/llama.sock")
     if len(path.encode()) > LONGEST_SOCKET_PATH_BYTES:
         raise SettingsError(
-            f"{shown!r} is longer than a socket path can be, {LONGEST_SOCKET_PATH_BYTES} bytes"
+            f"{shown!r} is too long for a socket: its path must be at most {LONGEST_SOCKET_PATH_BYTES} bytes"
         )
     if (prefix and not prefix.startswith("/")) or "?" in prefix or "#" in prefix:
         raise SettingsError(f"{shown!r} has no path after the colon: write for example unix:{path}:/prefix")
@@ -250,7 +250,7 @@ def header_of_server(text: str) -> tuple[str, tuple[str, str]]:
     name, rest = named_value(text, "'Header: value'")
     field_name, colon, value = rest.partition(":")
     if not colon:
-        raise SettingsError(f"the header for server {name!r} has no colon: write {name}='Header: value'")
+        raise SettingsError("the header's value has no colon: write for example main='X-Team: blue'")
     return name, header(field_name.strip(), value)
 
 
