@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import signal
 import sys
 import tempfile
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from kvscope.app import CannotListen, serve
+from kvscope.demo import tiny_model
+from kvscope.demo.running_server import RunningServer, ServerDidNotStart
 from kvscope.demo.screen import Screen
+from kvscope.demo.session import CONTEXT_LIMIT, POOL_LIMIT, AgentSession, SessionFailed
 from kvscope.poller import Poller
 from kvscope.settings import ServerSettings, Settings
 from kvscope.snapshot import ServerBox
 
-if TYPE_CHECKING:
-    from kvscope.demo.running_server import RunningServer
-    from kvscope.demo.session import AgentSession
-
 SERVER_NAME = "demo"
 ALIVE_EVERY_SECONDS = 0.25
-LAST_LOOK_SECONDS = 1.5
+LAST_LOOK_SECONDS = 10.0
 
 # One thread and small batches: a prefill then lasts long enough to be watched.
 SLOW_FLAGS = ("-t", "1", "-b", "256", "-ub", "128")
@@ -79,21 +77,13 @@ def demo(turns: int | None, mode: str, seed: int, breath: float, picture: Path |
 def run_demo(turns: int | None, mode: str, seed: int, breath: float, picture: Path | None = None) -> None:
     """Run the demo until its turns are over or SIGTERM or SIGINT comes.
 
-    Raises DemoFailed when a part of it dies or its packages are not installed.
+    Raises DemoFailed when a part of it dies.
     """
-    if missing := [name for name in ("gguf", "numpy", "xllamacpp") if find_spec(name) is None]:
-        raise DemoFailed(
-            f"not installed: {', '.join(missing)}; install kvscope with its extra, kvscope[demo]"
-        )
-    # Only now: these need the extra's packages.
-    from kvscope.demo.running_server import RunningServer, ServerDidNotStart
-    from kvscope.demo.session import CONTEXT_LIMIT, POOL_LIMIT, AgentSession
-
     context = ("-c", str(POOL_LIMIT)) if mode == "default" else ("-np", "4", "-c", str(4 * CONTEXT_LIMIT))
     with Screen(SERVER_NAME) as screen:
         screen.tell("starting a llama.cpp server on a tiny model")
         with RunningServer(
-            tiny_model(seed), *context, *SLOW_FLAGS, "--metrics", "-a", "kvscope-tiny"
+            cached_model(seed), *context, *SLOW_FLAGS, "--metrics", "-a", "kvscope-tiny"
         ) as server:
             try:
                 server.wait()
@@ -105,14 +95,12 @@ def run_demo(turns: int | None, mode: str, seed: int, breath: float, picture: Pa
         picture.write_text(screen.picture(f"kvscope demo --mode {mode}"))
 
 
-def tiny_model(seed: int) -> Path:
+def cached_model(seed: int) -> Path:
     """Return the path of the demo's model in the user's cache directory, written there if it is not yet.
 
     Raises DemoFailed when it cannot be written.
     """
-    from kvscope.demo import tiny_model as source
-
-    shape = hashlib.sha256(Path(source.__file__).read_bytes()).hexdigest()[:12]
+    shape = hashlib.sha256(Path(tiny_model.__file__).read_bytes()).hexdigest()[:12]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvscope"
     model = cache / f"kvscope-tiny-{shape}-{seed}.gguf"
     if model.is_file():
@@ -121,7 +109,7 @@ def tiny_model(seed: int) -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         # Under another name first, so that no half model is ever taken for a whole one.
         with tempfile.TemporaryDirectory(dir=cache) as directory:
-            source.write_tiny_model(Path(directory) / "model.gguf", seed).replace(model)
+            tiny_model.write_tiny_model(Path(directory) / "model.gguf", seed).replace(model)
     except OSError as error:
         raise DemoFailed(
             f"cannot write the model to the cache directory ({error.strerror}): set XDG_CACHE_HOME"
@@ -130,8 +118,6 @@ def tiny_model(seed: int) -> Path:
 
 
 async def _play(server: RunningServer, session: AgentSession, screen: Screen, turns: int | None) -> None:
-    from kvscope.demo.session import SessionFailed
-
     stop = asyncio.Event()
     exporter = asyncio.create_task(_export(server.url, screen, stop))
     playing = asyncio.create_task(session.run(turns))
@@ -148,12 +134,20 @@ async def _play(server: RunningServer, session: AgentSession, screen: Screen, tu
         task.cancel()
     ended = await asyncio.gather(exporter, playing, *others, return_exceptions=True)
     if died is not None:
-        raise DemoFailed(f"the llama.cpp server died (exit code {died}): {server.log_tail()}")
+        raise DemoFailed(f"the llama.cpp server died ({_ending(died)})")
     for error in ended:
         if isinstance(error, SessionFailed | CannotListen):
             raise DemoFailed(str(error)) from None
         if isinstance(error, Exception):
             raise error
+
+
+async def _look_after_the_end(screen: Screen) -> None:
+    """Wait for a look that began after the last request ended: the next box may be of one under way."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LAST_LOOK_SECONDS):
+            await screen.next_publish()
+            await screen.next_publish()
 
 
 async def _export(url: str, screen: Screen, stop: asyncio.Event) -> None:
@@ -181,3 +175,7 @@ async def _export(url: str, screen: Screen, stop: asyncio.Event) -> None:
 async def _until_it_ends(server: RunningServer) -> None:
     while server.exit_code() is None:  # noqa: ASYNC110 - the system tells it only to who asks
         await asyncio.sleep(ALIVE_EVERY_SECONDS)
+
+
+def _ending(exit_code: int) -> str:
+    return f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"

@@ -29,7 +29,8 @@ class Screen:
         self._board = Board((server_name,))
         self._story = ""
         self._url = ""
-        self._printed: dict[int, str] = {}
+        self._printed: set[str] = set()
+        self._published = asyncio.Event()
         self._fullest: tuple[tuple[int, ...], Snapshot, str] = ((), Snapshot(), "")
         console = Console()
         on_terminal = sys.stdout.isatty() and not console.is_dumb_terminal
@@ -51,6 +52,7 @@ class Screen:
     def publish(self, box: ServerBox) -> None:
         """Show the server's newest box from the next frame on."""
         self._board.publish(box)
+        self._published.set()
         fullness = (
             int(any(evicted.events for counts in box.counts for evicted in counts.evictions.values())),
             sum(slot.phase not in (None, Phase.IDLE) for slot in box.slots),
@@ -58,6 +60,11 @@ class Screen:
         )
         if fullness >= self._fullest[0]:
             self._fullest = (fullness, self._board.snapshot(), self._story)
+
+    async def next_publish(self) -> None:
+        """Return when the server's next box was published."""
+        self._published.clear()
+        await self._published.wait()
 
     async def draw(self) -> None:
         """Draw what is shown until cancelled."""
@@ -91,10 +98,11 @@ class Screen:
         if self._live:
             self._live.update(self._frame(snapshot, self._story), refresh=True)
             return
-        for number, line in enumerate(plain_lines(snapshot)):
-            if self._printed.get(number) != line:
+        lines = plain_lines(snapshot)
+        for line in lines:
+            if line not in self._printed:
                 click.echo(line)
-                self._printed[number] = line
+        self._printed = set(lines)
 
     def _frame(self, snapshot: Snapshot, story: str) -> RenderableType:
         heading = Text("metrics  ", style="dim").append(

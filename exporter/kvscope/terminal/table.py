@@ -195,7 +195,7 @@ def _plain_server(server: ServerBox) -> Iterator[str]:
     name = _shown(server.name)
     yield f"{name}: " + ", ".join([_state(server), *_facts(server)])
     if server.problem:
-        yield f"{name}: {_shown(server.problem)}"
+        yield f"{name} problem: {_shown(server.problem)}"
     for slot in server.slots:
         yield f"{name} slot {slot.id}: " + ", ".join(_plain_slot(server, slot))
     for figure, value in _figures(server):
