@@ -1,0 +1,57 @@
+# Each target sets up what it needs in .venv; a second run installs nothing.
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint tools truth bench docs clean
+
+IN_VENV := .venv/bin/
+PYTHON := $(IN_VENV)python
+PIP_INSTALL := $(PYTHON) -m pip install --quiet --disable-pip-version-check --editable
+
+help: ## say what can be made
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-6s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo 'Arguments are given like this: make demo ARGS="--turns 3"'
+
+demo: .venv/.demo-installed ## watch a real llama.cpp server with a tiny model in the terminal
+	@$(PYTHON) -m kvscope demo $(ARGS)
+
+test: lint ## run every test
+	$(PYTHON) -m pytest $(ARGS)
+
+lint: .venv/.dev-installed ## check style, types and which room imports which
+	$(IN_VENV)ruff check exporter tests
+	$(IN_VENV)ruff format --check exporter tests
+	$(IN_VENV)mypy
+	$(IN_VENV)lint-imports --no-logo
+
+tools: ## get promtool, which some tests ask
+	@.ci/get-tools
+
+truth: .venv/.dev-installed ## compare the figures of real servers with what their driver knows
+	$(PYTHON) -m tests.truth $(ARGS)
+
+bench: .venv/.dev-installed ## measure what watching costs
+	$(PYTHON) -m tests.bench $(ARGS)
+
+docs: .venv/.dev-installed ## write docs/METRICS.md from the metric rows
+	$(PYTHON) -m kvscope.metrics.document > docs/METRICS.new
+	mv docs/METRICS.new docs/METRICS.md
+
+clean: ## remove everything that make made
+	rm -rf .venv .tools .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
+	find exporter tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/.dev-installed: pyproject.toml | $(PYTHON)
+	@echo 'installing kvscope with what its tests need into .venv'
+	@$(PIP_INSTALL) '.[dev]'
+	@touch .venv/.demo-installed $@
+
+.venv/.demo-installed: pyproject.toml | $(PYTHON)
+	@echo 'installing kvscope with what its demo needs into .venv'
+	@$(PIP_INSTALL) '.[demo]'
+	@touch $@
+
+# find-python answers "python PATH", or in one line what is missing.
+$(PYTHON): FOUND = $(shell .ci/find-python)
+$(PYTHON):
+	@$(if $(filter python,$(firstword $(FOUND))),,$(error $(FOUND)))$(wordlist 2,99,$(FOUND)) -m venv --clear .venv

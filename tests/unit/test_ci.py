@@ -1,0 +1,142 @@
+"""What a bare machine is told, and that CI leaves nothing out."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest_plugins = ["pytester"]
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="make and sh are not there")
+
+
+def fake_python(folder: Path, name: str, version: str, *, venv: bool = True) -> None:
+    """Write a Python of that version, with or without what makes virtual environments."""
+    major, minor = version.split(".")
+    path = folder / name
+    path.write_text(
+        "#!/bin/sh\n"
+        'case "$2" in\n'
+        f"*ensurepip*) exit {0 if venv else 1} ;;\n"
+        f"*sys.exit*) [ {major} -gt 3 ] || [ {minor} -ge 11 ] ;;\n"
+        f"*) echo {version} ;;\n"
+        "esac\n"
+    )
+    path.chmod(0o755)
+
+
+def found(folder: Path) -> str:
+    answer = subprocess.run(
+        ["/bin/sh", ROOT / ".ci" / "find-python"],
+        env={"PATH": str(folder)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert answer.stderr == ""
+    assert answer.stdout.count("\n") == 1
+    return answer.stdout.strip()
+
+
+def test_the_newest_python_is_taken(tmp_path: Path) -> None:
+    fake_python(tmp_path, "python3", "3.11")
+    fake_python(tmp_path, "python3.11", "3.11")
+    fake_python(tmp_path, "python3.13", "3.13")
+    assert found(tmp_path) == f"python {tmp_path}/python3.13"
+
+
+def test_a_newer_python_that_makes_no_virtual_environment_is_passed_over(tmp_path: Path) -> None:
+    fake_python(tmp_path, "python3.13", "3.13", venv=False)
+    fake_python(tmp_path, "python3", "3.12")
+    assert found(tmp_path) == f"python {tmp_path}/python3"
+
+
+def test_a_missing_python_is_named(tmp_path: Path) -> None:
+    assert found(tmp_path) == "Python 3.11 or newer is missing: sudo apt install python3 python3-venv"
+
+
+def test_a_python_that_is_too_old_is_named(tmp_path: Path) -> None:
+    fake_python(tmp_path, "python3", "3.9")
+    assert found(tmp_path).startswith("Python 3.11 or newer is missing (found 3.9): ")
+
+
+@pytest.mark.parametrize("name", ["python3", "python3.12"])
+def test_a_missing_venv_is_named_with_its_package(tmp_path: Path, name: str) -> None:
+    """The package of the distribution's own Python has no version in its name."""
+    fake_python(tmp_path, name, "3.12", venv=False)
+    assert found(tmp_path) == f"{name}-venv is missing: sudo apt install {name}-venv"
+
+
+def test_the_distributions_own_python_is_known_by_both_names(tmp_path: Path) -> None:
+    fake_python(tmp_path, "python3", "3.12", venv=False)
+    fake_python(tmp_path, "python3.12", "3.12", venv=False)
+    assert found(tmp_path) == "python3-venv is missing: sudo apt install python3-venv"
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="make is not there")
+def test_make_names_what_is_missing_in_one_line_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    tools, copy = tmp_path / "bin", tmp_path / "copy"
+    tools.mkdir()
+    for name in ("sh", "make"):
+        (tools / name).symlink_to(str(shutil.which(name)))
+    fake_python(tools, "python3", "3.11", venv=False)
+    (copy / ".ci").mkdir(parents=True)
+    for name in ("Makefile", "pyproject.toml", ".ci/find-python"):
+        shutil.copy(ROOT / name, copy / name)
+    answer = subprocess.run(
+        ["make", "test"], cwd=copy, env={"PATH": str(tools)}, capture_output=True, text=True
+    )
+    assert answer.returncode == 2
+    assert answer.stdout == ""
+    assert answer.stderr.count("\n") == 1
+    assert "python3-venv is missing: sudo apt install python3-venv" in answer.stderr
+    assert not (copy / ".venv").exists()
+
+
+@pytest.mark.parametrize(("ci", "failed"), [("true", True), ("", False)])
+def test_a_skip_is_a_failure_in_ci_only(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, ci: str, failed: bool
+) -> None:
+    pytester.makeconftest((ROOT / "tests" / "conftest.py").read_text())
+    pytester.makepyfile(
+        test_some="""
+        import pytest
+
+        def test_left_out():
+            pytest.skip("no promtool")
+
+        @pytest.mark.skip(reason="marked")
+        def test_marked():
+            pass
+
+        @pytest.mark.xfail
+        def test_known_to_fail():
+            assert False
+
+        def test_good():
+            pass
+        """,
+        test_whole="""
+        import pytest
+
+        pytest.skip("no module", allow_module_level=True)
+        """,
+    )
+    monkeypatch.setenv("CI", ci)
+    result = pytester.runpytest_inprocess(
+        "-p", "no:cacheprovider", "-p", "no:asyncio", "--continue-on-collection-errors"
+    )
+    if failed:
+        result.assert_outcomes(passed=1, failed=1, errors=2, xfailed=1)
+        text = result.stdout.str()
+        assert "test_left_out was skipped, which is a failure in CI: no promtool" in text
+        assert "test_marked was skipped, which is a failure in CI: marked" in text
+        assert "test_whole.py was skipped, which is a failure in CI: no module" in text
+    else:
+        result.assert_outcomes(passed=1, skipped=3, xfailed=1)
