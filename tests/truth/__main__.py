@@ -15,15 +15,15 @@ from pathlib import Path
 import click
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from kvscope.demo.running_server import ServerDidNotStart
+from kvscope.demo.tiny_model import write_tiny_model
 from tests.truth import report
 from tests.truth.driver import DidNotHappen
 from tests.truth.oracle import TruthContradictsItself
 from tests.truth.report import Outcome
 from tests.truth.scenarios import SCENARIOS
 from tests.truth.stage import Stage
-
-from kvscope.demo.running_server import ServerDidNotStart
-from kvscope.demo.tiny_model import write_tiny_model
 
 MODES = ("default", "separate")
 AT_ONCE = 2

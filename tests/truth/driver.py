@@ -15,9 +15,9 @@ from typing import Any
 
 import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
-from tests.truth.oracle import Answer, Tokens
 
 from kvscope.demo.running_server import RunningServer
+from tests.truth.oracle import Answer, Tokens
 
 ANSWER_SECONDS = 60.0
 START_SECONDS = 30.0

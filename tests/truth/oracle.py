@@ -36,9 +36,9 @@ class Answer:
 
 @dataclass(frozen=True)
 class Loss:
-    """Tokens that a slot held and lost. from_host: what came instead was read from host RAM."""
+    """Tokens that slots held and lost in one event. from_host: what came instead was read from host RAM."""
 
-    slot: int
+    slots: tuple[int, ...]
     tokens: int
     reason: str
     from_host: bool = False
@@ -118,9 +118,20 @@ class Truth:
     def lose(self, slot: int, tokens: int, reason: str, *, from_host: bool = False) -> None:
         """Count tokens that left a slot; nothing held, nothing lost."""
         if tokens:
-            self.losses.append(Loss(slot, tokens, reason, from_host))
+            self.losses.append(Loss((slot,), tokens, reason, from_host))
+
+    def lose_everything(self, held: Mapping[int, int], reason: str) -> None:
+        """Count a sleep or a restart: one event, however many slots held something."""
+        holding = tuple(slot for slot, tokens in held.items() if tokens)
+        if holding:
+            self.losses.append(Loss(holding, sum(held.values()), reason))
+        self.content.clear()
 
     def lost(self, reason: str | None = None) -> tuple[int, int]:
         """Return (events, tokens) lost for one reason, or for any."""
         chosen = [loss for loss in self.losses if reason in (None, loss.reason)]
         return len(chosen), sum(loss.tokens for loss in chosen)
+
+    def slots_lost(self, reason: str) -> int:
+        """Return how often a slot lost something for this reason."""
+        return sum(len(loss.slots) for loss in self.losses if loss.reason == reason)

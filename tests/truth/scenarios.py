@@ -186,9 +186,7 @@ async def restart(stage: Stage) -> None:
         counters = await server.counters()
         prefill += counters["prompt_seconds_total"]
         decode += counters["tokens_predicted_seconds_total"]
-        for slot, held in (await server.held()).items():
-            stage.truth.lose(slot, held, "restart")
-        stage.truth.content.clear()
+        stage.truth.lose_everything(await server.held(), "restart")
         await server.kill()
         await stage.pause(1.0)
         await server.start()
@@ -205,7 +203,6 @@ async def restart(stage: Stage) -> None:
     counters = await server.counters()
     prefill += counters["prompt_seconds_total"]
     decode += counters["tokens_predicted_seconds_total"]
-    at_restart = stage.truth.lost("restart")
     await stage.settle(
         lambda figures: [
             *stage.token_rows(figures),
@@ -214,13 +211,22 @@ async def restart(stage: Stage) -> None:
                 figures, {"prompt_seconds_total": prefill, "tokens_predicted_seconds_total": decode}
             ),
             report.equal("restarts", figures.sum("kvscope_server_restarts_total", server="main"), restarts),
-            report.equal("evictions, restart", evictions(figures, reason="restart"), at_restart[0]),
-            report.equal("evicted tokens, restart", evicted_tokens(figures, reason="restart"), at_restart[1]),
+            *_all_at_once_rows(stage, figures, "restart"),
             report.at_most("evictions", evictions(figures), stage.truth.lost()[0]),
             report.at_most("requests", requests(figures), stage.truth.requests),
             report.told("requests between polls", requests(figures), stage.truth.requests),
         ]
     )
+
+
+def _all_at_once_rows(stage: Stage, figures: Figures, reason: str) -> list[Row]:
+    events, tokens = stage.truth.lost(reason)
+    by_slot = figures.sum("kvscope_slot_evictions_total", server="main", reason=reason)
+    return [
+        report.equal(f"evictions, {reason}", evictions(figures, reason=reason), events),
+        report.equal(f"evicted tokens, {reason}", evicted_tokens(figures, reason=reason), tokens),
+        report.equal(f"slots' evictions, {reason}", by_slot, stage.truth.slots_lost(reason)),
+    ]
 
 
 async def sleep(stage: Stage) -> None:
@@ -229,36 +235,33 @@ async def sleep(stage: Stage) -> None:
     await stage.watch(main=server)
     for _ in range(2):
         await stage.paced(server, stage.tokens(200, 600), stage.random.randint(2, 20))
-    for slot, tokens in (await server.held()).items():
-        stage.truth.lose(slot, tokens, "sleep")
-    stage.truth.content.clear()
+    stage.truth.lose_everything(await server.held(), "sleep")
     await until("the server's sleep under the exporter's default polls", server.asleep, 30)
-    slept = stage.truth.lost("sleep")
-    all_lost = stage.truth.lost()
+    evicted = stage.truth.lost()[0]
 
     def asleep(figures: Figures) -> list[Row]:
         state = "kvscope_server_state"
         return [
-            report.equal("asleep: state", figures.sum(state, server="main", state="sleeping"), 1),
-            report.equal("asleep: up", figures.sum("kvscope_server_up", server="main"), 1),
+            report.equal("state sleeping", figures.sum(state, server="main", state="sleeping"), 1),
+            report.equal("up while asleep", figures.sum("kvscope_server_up", server="main"), 1),
             held_row(figures, dict.fromkeys(range(4), 0)),
-            report.equal("asleep: evictions, sleep", evictions(figures, reason="sleep"), slept[0]),
-            report.equal("asleep: evicted tokens, sleep", evicted_tokens(figures, reason="sleep"), slept[1]),
-            report.equal("asleep: evictions", evictions(figures), all_lost[0]),
+            *_all_at_once_rows(stage, figures, "sleep"),
+            report.equal("evictions", evictions(figures), evicted),
         ]
 
     await stage.settle(asleep)
-    stage.rows.append(report.equal("still asleep under polls", str(await server.asleep()), "True"))
+    stage.rows.append(report.equal("still asleep after polls", str(await server.asleep()), "True"))
     [answer] = await server.complete(stage.tokens(200, 600), stage.random.randint(2, 20))
     stage.truth.add(answer)
-    await stage.seen()
     held = await stage.held_row(server)
-    await stage.settle(
+    await stage.seen()
+    # Judged at once: it may sleep again 4 s later.
+    await stage.keep(
         lambda figures: [
             *stage.token_rows(figures),
             *held(figures),
             *stage.paced_rows(figures),
-            report.equal("awake: evictions", evictions(figures), all_lost[0]),
+            report.equal("evictions after waking", evictions(figures), evicted),
             report.equal("restarts", figures.sum("kvscope_server_restarts_total", server="main"), 0),
         ]
     )
@@ -306,7 +309,8 @@ async def shift(stage: Stage) -> None:
     await stage.watch(main=server)
     room = context if stage.separate else 4 * context
     before = await stage.paced(server, stage.tokens(50, 200), stage.random.randint(2, 20))
-    [answer] = await server.complete(stage.tokens(room - 300, room - 100), 320 + stage.random.randint(0, 100))
+    # Some seconds of generation: long enough for polls to find it at work.
+    [answer] = await server.complete(stage.tokens(room - 300, room - 100), stage.random.randint(3000, 4000))
     stage.truth.add(answer)
     after = (await server.held())[answer.slot]
     stage.truth.lose(answer.slot, len(answer.content) - after, "context_shift")
