@@ -25,7 +25,8 @@ from kvscope.settings import ServerSettings, Settings
 from kvscope.snapshot import ServerBox
 from kvscope.sources.llama_server import AnswerError, Failure, LlamaServer
 from kvscope.sources.server_process import NotReadableError, find_server_process, is_alive
-from kvscope.tracking.history import History, advance, box, counters_moved, expires_at, looks_restarted
+from kvscope.tracking.history import History, advance, counters_moved, looks_restarted
+from kvscope.tracking.publish import box, expires_at
 
 log = logging.getLogger(__name__)
 

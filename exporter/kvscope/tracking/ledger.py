@@ -14,89 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    """Tokens by where they came from."""
-
-    computed: int = 0
-    reused: int = 0
-    generated: int = 0
-
-    def __add__(self, other: Tokens) -> Tokens:
-        return Tokens(
-            self.computed + other.computed, self.reused + other.reused, self.generated + other.generated
-        )
-
-    def __sub__(self, other: Tokens) -> Tokens:
-        return Tokens(
-            self.computed - other.computed, self.reused - other.reused, self.generated - other.generated
-        )
-
-    @property
-    def total(self) -> int:
-        """All of them."""
-        return self.computed + self.reused + self.generated
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """One request on one slot, as far as /slots showed it.
-
-    begun: it was seen at work, so computed, reused and decoded are what /slots said last.
-    held: tokens in the slot when the request was last seen; at_end: that was after its end.
-    alone: nothing else was seen at work since it was first seen. whole: the counters had not
-    counted any of it before it was first seen.
-    """
-
-    task: int
-    begun: bool = False
-    computed: int = 0
-    reused: int = 0
-    decoded: int = 0
-    held: int | None = None
-    ended: bool = False
-    at_end: bool = False
-    alone: bool = True
-    whole: bool = True
-    credited: Tokens = Tokens()
-    prefill_seconds: float = 0.0
-    settled_before: bool = False
-
-    @property
-    def capacity(self) -> int | None:
-        """How many more tokens the counters may owe to it; None where that is not known."""
-        if not self.ended:
-            # Generated tokens are counted at the end, computed ones after each batch at most.
-            return max(0, self.computed + self.reused - self.credited.computed - self.credited.reused)
-        if not self.at_end or self.held is None:
-            return None
-        return max(0, self.held + 1 - self.credited.total)
-
-    @property
-    def firm(self) -> Tokens:
-        """What the counters are sure to owe to it, by what /slots showed."""
-        if not self.begun:
-            return Tokens()
-        computed = self.computed if self.decoded or self.ended else 0
-        generated = 0
-        if self.ended:
-            generated = self.decoded
-            if self.decoded and self.at_end and self.held is not None:
-                generated = max(generated, self.held + 1 - self.computed - self.reused)
-        owed = Tokens(computed, self.reused, generated) - self.credited
-        return Tokens(max(0, owed.computed), max(0, owed.reused), max(0, owed.generated))
-
-    @property
-    def closes(self) -> bool:
-        """Whether the identity closes over everything credited to it."""
-        return (
-            self.ended
-            and self.at_end
-            and self.credited.generated > 0
-            and self.held == self.credited.total - 1
-            and (not self.begun or self.credited.reused == self.reused)
-        )
+from kvscope.tracking.claims import Claim, Claims, Tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,9 +34,6 @@ class Settlement:
     unattributed: Tokens
     finished: tuple[Finished, ...]
     open: Mapping[int, tuple[Claim, ...]]
-
-
-Claims = Mapping[int, tuple[Claim, ...]]
 
 
 def awaits_counters(claims: Claims) -> bool:

@@ -11,7 +11,8 @@ from tests.unit.tracking.looks import (
 )
 
 from kvscope.observed.server import Phase, ServerState
-from kvscope.tracking.history import box, counters_moved, expires_at, looks_restarted
+from kvscope.tracking.history import counters_moved, looks_restarted
+from kvscope.tracking.publish import box, expires_at
 
 
 def started(unified: bool | None = False) -> Watch:

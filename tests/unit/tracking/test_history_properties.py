@@ -14,7 +14,8 @@ from tests.unit.tracking.looks import Watch, counted, decode, idle, never_used, 
 
 from kvscope.observed.server import ServerState, SlotSeen
 from kvscope.snapshot import ModelCounts
-from kvscope.tracking.history import box, looks_restarted
+from kvscope.tracking.history import looks_restarted
+from kvscope.tracking.publish import box
 
 SLOTS = 3
 

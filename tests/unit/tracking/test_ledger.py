@@ -3,7 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvscope.tracking.ledger import Claim, Tokens, settle, settle_without_counters
+from kvscope.tracking.claims import Claim, Tokens
+from kvscope.tracking.ledger import settle, settle_without_counters
 
 
 def ended(task: int, held: int, **seen: int) -> Claim:

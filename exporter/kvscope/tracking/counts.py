@@ -1,0 +1,140 @@
+"""Counters of one model: they start at 0 for every label set that can occur, and only grow."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import replace
+from typing import TypeVar
+
+from kvscope.observed.server import Phase, ServerCounters
+from kvscope.snapshot import EvictionCount, HistogramCounts, ModelCounts, SlotCounts
+from kvscope.tracking.ledger import Settlement
+from kvscope.tracking.slots import Loss, Reason
+
+PREFILL_SECONDS_BOUNDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)
+
+_Key = TypeVar("_Key", bound=Hashable)
+
+
+def no_counts(model: str | None, at: float) -> ModelCounts:
+    """Return counters at 0, created at a Unix time in seconds."""
+    return ModelCounts(
+        model=model,
+        created_at=at,
+        slots={},
+        requests={"unknown": 0},
+        observations={"exact": 0, "apportioned": 0},
+        evictions={("slot", reason.value, "unknown"): EvictionCount() for reason in Reason},
+        request_prefill_seconds=HistogramCounts(
+            PREFILL_SECONDS_BOUNDS, (0,) * (len(PREFILL_SECONDS_BOUNDS) + 1)
+        ),
+    )
+
+
+def with_slots(counts: ModelCounts, slot_ids: Iterable[int]) -> ModelCounts:
+    """Return the counts with every one of these slots in them."""
+    missing = {slot_id: _NO_SLOT_COUNTS for slot_id in slot_ids if slot_id not in counts.slots}
+    return replace(counts, slots={**counts.slots, **missing}) if missing else counts
+
+
+def with_phase_seconds(counts: ModelCounts, phases: Mapping[int, Phase], seconds: float) -> ModelCounts:
+    """Return the counts after each slot spent some seconds in a phase."""
+    slots = dict(counts.slots)
+    for slot_id, phase in phases.items():
+        of_slot = slots.get(slot_id, _NO_SLOT_COUNTS)
+        before = of_slot.phase_seconds
+        slots[slot_id] = replace(of_slot, phase_seconds={**before, phase: before[phase] + seconds})
+    return replace(counts, slots=slots)
+
+
+def with_losses(counts: ModelCounts, losses: Iterable[Loss]) -> ModelCounts:
+    """Return the counts after slots lost tokens; whether a copy is kept, polling cannot know."""
+    slots, evictions = dict(counts.slots), dict(counts.evictions)
+    for loss in losses:
+        of_slot = slots.get(loss.slot, _NO_SLOT_COUNTS)
+        slots[loss.slot] = replace(of_slot, evictions=_added(of_slot.evictions, loss.reason.value, 1))
+        key = ("slot", loss.reason.value, "unknown")
+        count = evictions[key]
+        evictions[key] = EvictionCount(count.events + loss.events, count.tokens + loss.tokens)
+    return replace(counts, slots=slots, evictions=evictions)
+
+
+def with_increase(counts: ModelCounts, last: ServerCounters, now: ServerCounters) -> ModelCounts:
+    """Return the counts after the server's own counters grew: seconds and draft tokens.
+
+    The server's seconds are wall time: several prompts read in one batch count once.
+    """
+    if counts.unattributed_tokens is None:
+        kinds = ["computed", "generated"] + (["reused"] if now.reused_tokens is not None else [])
+        counts = replace(counts, unattributed_tokens=dict.fromkeys(kinds, 0))
+    drafts = counts.draft_tokens
+    if now.drafted_tokens is not None and now.draft_accepted_tokens is not None:
+        drafted = now.drafted_tokens - (last.drafted_tokens or 0)
+        accepted = now.draft_accepted_tokens - (last.draft_accepted_tokens or 0)
+        drafts = _added(drafts or {"accepted": 0, "rejected": 0}, "accepted", accepted)
+        drafts = _added(drafts, "rejected", max(0, drafted - accepted))
+    return replace(
+        counts,
+        prefill_seconds=_grown(counts.prefill_seconds, last.prefill_seconds, now.prefill_seconds),
+        decode_seconds=_grown(counts.decode_seconds, last.decode_seconds, now.decode_seconds),
+        draft_tokens=drafts,
+    )
+
+
+def with_settlement(counts: ModelCounts, settlement: Settlement) -> ModelCounts:
+    """Return the counts after tokens were given to slots, and requests ended."""
+    slots = dict(counts.slots)
+    for slot_id, gained in settlement.credits.items():
+        of_slot = slots.get(slot_id, _NO_SLOT_COUNTS)
+        prompt = _added(of_slot.prompt_tokens, "computed", gained.computed)
+        slots[slot_id] = replace(
+            of_slot,
+            prompt_tokens=_added(prompt, "unknown", gained.reused),
+            generated_tokens=of_slot.generated_tokens + gained.generated,
+        )
+    unattributed = counts.unattributed_tokens
+    if unattributed is not None:
+        left = settlement.unattributed
+        unattributed = _added(unattributed, "computed", left.computed)
+        unattributed = _added(unattributed, "generated", left.generated)
+        if left.reused or "reused" in unattributed:
+            unattributed = _added(unattributed, "reused", left.reused)
+    requests, observations = counts.requests, counts.observations
+    histogram = counts.request_prefill_seconds
+    for done in settlement.finished:
+        requests = _added(requests, "unknown", 1)
+        observations = _added(observations, "exact" if done.exact else "apportioned", 1)
+        if done.exact:
+            histogram = _observed(histogram, done.claim.prefill_seconds)
+    return replace(
+        counts,
+        slots=slots,
+        unattributed_tokens=unattributed,
+        requests=requests,
+        observations=observations,
+        request_prefill_seconds=histogram,
+    )
+
+
+_NO_SLOT_COUNTS = SlotCounts(
+    phase_seconds=dict.fromkeys(Phase, 0.0),
+    prompt_tokens={"computed": 0, "unknown": 0},
+    generated_tokens=0,
+    evictions={reason.value: 0 for reason in Reason},
+)
+
+
+def _grown(total: float | None, last: float | None, now: float | None) -> float | None:
+    return total if now is None else (total or 0.0) + now - (last or 0.0)
+
+
+def _observed(histogram: HistogramCounts, seconds: float) -> HistogramCounts:
+    place = next(
+        (place for place, bound in enumerate(histogram.bounds) if seconds <= bound), len(histogram.bounds)
+    )
+    counts = tuple(count + (index == place) for index, count in enumerate(histogram.counts))
+    return replace(histogram, counts=counts, sum=histogram.sum + seconds)
+
+
+def _added(counts: Mapping[_Key, int], key: _Key, amount: int) -> Mapping[_Key, int]:
+    return {**counts, key: counts.get(key, 0) + amount}
