@@ -10,7 +10,7 @@ from tests.unit.tracking.looks import (
     prefill,
 )
 
-from kvscope.observed.server import Phase, ServerState
+from kvscope.observed.server import Phase, ServerProps, ServerState
 from kvscope.tracking.history import counters_moved, looks_restarted
 from kvscope.tracking.publish import box, expires_at
 
@@ -395,3 +395,16 @@ def test_a_server_that_was_never_reached_has_a_state_and_nothing_else() -> None:
     assert published.counts == ()
     assert published.slots == ()
     assert published.slots_total is None
+
+
+def test_a_server_that_sleeps_at_the_first_look_is_known_to_hold_nothing_and_waking_is_seen() -> None:
+    watch = Watch(unified=False)
+    watch.see(
+        state=ServerState.SLEEPING,
+        props=ServerProps("tiny", total_slots=2, context_limit_tokens=4096, sleeping=True),
+        counters=counted(500, 0, 16),
+    )
+    assert [slot.context_tokens for slot in box(watch.history, watch.now).slots] == [0, 0]
+    watch.see(never_used(0), idle(1, 7, 115), counters=counted(600, 0, 32))
+    assert watch.counts.observations["exact"] == 1
+    assert watch.counts.slots[1].prompt_tokens["computed"] == 100
