@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 import aiohttp
 import pytest
 
+from kvscope import cli
 from kvscope.app import CannotListen, look_once, serve
 from kvscope.observed.server import ServerState
 from kvscope.settings import ServerSettings, Settings
@@ -110,6 +111,28 @@ async def test_every_server_is_polled_and_scraped() -> None:
     assert 'kvscope_server_up{server="a"} 1.0' in scrape
     assert 'kvscope_server_up{server="b"} 1.0' in scrape
     assert [poller.closed for poller in pollers.made] == [True, True]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+async def test_the_healthcheck_finds_a_running_exporter(
+    host: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also one that listens on every address, which is none to ask."""
+    async with serving(Pollers(), "a") as url:
+        address = f"{host}:{url.rpartition(':')[2]}"
+        code = await asyncio.to_thread(cli.run, ["healthcheck", "--listen", address])
+    assert (code, capsys.readouterr().out) == (0, "healthy\n")
+
+
+async def test_an_end_does_not_wait_for_connections_that_stay_open() -> None:
+    async with serving(Pollers(), "a") as url:
+        host, port = url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"GET /-/healthy HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert b"200" in await reader.readline()
+    while await reader.read(1000):
+        pass
+    writer.close()
 
 
 async def test_a_crashing_poller_is_started_again_with_what_it_knew(caplog: pytest.LogCaptureFixture) -> None:

@@ -13,6 +13,20 @@ import pytest
 from kvscope import cli
 from kvscope.commands.serve import serve
 
+CERTIFICATE = """\
+-----BEGIN CERTIFICATE-----
+MIIBhTCCASugAwIBAgIUJZZPBf0qhz/A7C1xjkPWp0QDpr0wCgYIKoZIzj0EAwIw
+FzEVMBMGA1UEAwwMa3ZzY29wZSB0ZXN0MCAXDTI2MTEyMjE3NDA1NFoYDzIxMjYx
+MDI5MTc0MDU0WjAXMRUwEwYDVQQDDAxrdnNjb3BlIHRlc3QwWTATBgcqhkjOPQIB
+BggqhkjOPQMBBwNCAASvFG6lpOD8loC8iTPvUW00TmI8B7uCMpKEq61NRuze0iGj
+TYjK9K2x8Jqaj44bX51Pi1X47SGU9vyNWH+0TULWo1MwUTAdBgNVHQ4EFgQUN6ve
+3HLLNEBdqDSSn3DD8hkflIowHwYDVR0jBBgwFoAUN6ve3HLLNEBdqDSSn3DD8hkf
+lIowDwYDVR0TAQH/BAUwAwEB/zAKBggqhkjOPQQDAgNIADBFAiBZIk+9xndayuea
+efz6BsPjcL0hFCJ1m3hppQyWeTLlQwIhAI1H1L8oIM16weMWw0FrnLKbLh5n4MbT
+Ekso0+Z3Xacg
+-----END CERTIFICATE-----
+"""
+
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -162,6 +176,24 @@ def test_the_users_own_file_is_found(check: Callable[..., str], tmp_path: Path) 
     assert "server own: http://a:1 " in out
     assert "settings file: ~/.config/kvscope/config.toml" in out
     assert str(tmp_path) not in out
+
+
+def test_the_file_may_be_named_by_a_variable(check: Callable[..., str], tmp_path: Path) -> None:
+    file = settings_file(tmp_path, '[servers.own]\nurl = "http://a:1"\n')
+    assert "server own: http://a:1 " in check(env={"KVSCOPE_CONFIG": file})
+
+
+def test_no_path_is_shown_with_the_home_folders_name(check: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "ca.pem").write_text(CERTIFICATE)
+    out = check("--server", f"unix:{tmp_path}/llama.sock", "--ca-file", f"main={tmp_path}/ca.pem")
+    assert "unix:~/llama.sock " in out
+    assert "CA file: ~/ca.pem" in out
+    assert str(tmp_path) not in out
+
+
+def test_a_home_that_is_the_root_hides_no_path(check: Callable[..., str], tmp_path: Path) -> None:
+    key = key_file(tmp_path)
+    assert f"API key: from {key};" in check("--api-key-file", f"main={key}", env={"HOME": "/"})
 
 
 def test_a_key_comes_from_its_variable_or_a_file_and_is_not_printed(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from pathlib import Path
 
 import click
 
 from kvscope.commands.options import Chosen, chosen_settings, listen_options, log_options, server_options
+from kvscope.commands.settings_file import shown_path
 from kvscope.logs import start_logging
 from kvscope.settings import ServerSettings, Settings, host_and_port
 
@@ -75,15 +77,15 @@ def summary(chosen: Chosen) -> str:
 def _server_line(server: ServerSettings) -> str:
     address = server.url
     if server.unix_socket:
-        address = f"unix:{server.unix_socket}" + server.url.removeprefix("http://localhost").replace(
-            "/", ":/", 1
-        )
+        address = f"unix:{shown_path(Path(server.unix_socket))}" + server.url.removeprefix(
+            "http://localhost"
+        ).replace("/", ":/", 1)
     sleep_idle = server.sleep_idle if isinstance(server.sleep_idle, str) else f"{server.sleep_idle:g} s"
     facts = [f"API key: {'from ' + str(server.api_key_from) if server.api_key else 'none'}"]
     if server.headers:
         facts.append("headers: " + ", ".join(server.headers))
     if server.ca_file:
-        facts.append(f"CA file: {server.ca_file}")
+        facts.append(f"CA file: {shown_path(Path(server.ca_file))}")
     return f"server {server.name}: {address} ({'; '.join(facts)}; sleep idle: {sleep_idle})"
 
 

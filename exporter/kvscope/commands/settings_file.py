@@ -119,9 +119,12 @@ def path_of(text: str) -> Path:
 def shown_path(path: Path) -> str:
     """Return a path as it may be printed: without the home folder's name."""
     try:
-        return f"~/{path.absolute().relative_to(Path.home()).as_posix()}"
+        home = Path.home()
+        inside = path.absolute().relative_to(home)
     except (ValueError, RuntimeError):
         return str(path)
+    # A service's home is often /, which hides nothing.
+    return str(path) if home == Path(home.anchor) else f"~/{inside.as_posix()}"
 
 
 def _text_of(path: Path, what: str, largest: int) -> str:
