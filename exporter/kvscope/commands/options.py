@@ -192,30 +192,30 @@ def chosen_settings(ctx: click.Context, environment: Mapping[str, str] = os.envi
     ca_files = per_server.single("ca_file")
     headers = per_server.headers()
     sleeps = per_server.single("sleep_idle")
-    sleep_of_all = sleeps.get(None, None)
+    key_files_by_flag = ctx.get_parameter_source("api_key_file") is ParameterSource.COMMANDLINE
     servers = []
     for name, address in addresses.items():
-        table = tables.get(name)
-        key_path, key = key_files.get(name), environment.get(written.key_variable(name))
-        if key and key_path and ctx.get_parameter_source("api_key_file") is not ParameterSource.COMMANDLINE:
+        table = tables.get(name, ServerTable(address))
+        path = path_of(key_files[name]) if name in key_files else None
+        variable = environment.get(written.key_variable(name))
+        if path and variable and not key_files_by_flag:
             raise SettingsError(
                 f"server {name!r} has a key in {written.key_variable(name)} and one in KVSCOPE_API_KEY_FILE: "
                 "keep one"
             )
-        origin = None
-        if key_path is None and key:
+        if path is None and not variable:
+            path = table.api_key_file
+        key = origin = None
+        if path:
+            key, origin = key_from(path), shown_path(path)
+            warnings += readable_by_others(path)
+        elif variable:
             origin = written.key_variable(name)
-            key = written.api_key(key, origin)
-        else:
-            path = path_of(key_path) if key_path else table.api_key_file if table else None
-            key = None
-            if path:
-                origin = shown_path(path)
-                key = key_from(path)
-                warnings += readable_by_others(path)
-        ca_file = path_of(ca_files[name]) if name in ca_files else table.ca_file if table else None
+            key = written.api_key(variable, origin)
+        ca_file = path_of(ca_files[name]) if name in ca_files else table.ca_file
         if ca_file:
             refuse_bad_certificates(ca_file)
+        sleep_idle = (sleeps.get(name), sleeps.get(None), table.sleep_idle, file.sleep_idle if file else None)
         servers.append(
             ServerSettings(
                 name=name,
@@ -223,15 +223,9 @@ def chosen_settings(ctx: click.Context, environment: Mapping[str, str] = os.envi
                 unix_socket=address.unix_socket,
                 api_key=key,
                 api_key_from=origin,
-                headers=_joined(table.headers if table else {}, headers.get(name, {})),
+                headers=_joined(table.headers, headers.get(name, {})),
                 ca_file=str(ca_file) if ca_file else None,
-                sleep_idle=_first(
-                    sleeps.get(name),
-                    sleep_of_all,
-                    table.sleep_idle if table else None,
-                    file.sleep_idle if file else None,
-                    "auto",
-                ),
+                sleep_idle=next((each for each in sleep_idle if each is not None), "auto"),
             )
         )
     host, port = given["listen"]
@@ -410,7 +404,3 @@ def _joined(headers: Mapping[str, str], over: Mapping[str, str]) -> dict[str, st
     """Return both; a header's name is the same whatever its case."""
     replaced = {name.lower() for name in over}
     return {**{name: value for name, value in headers.items() if name.lower() not in replaced}, **over}
-
-
-def _first(*values: str | float | None) -> str | float:
-    return next(value for value in values if value is not None)
