@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import hashlib
 import os
 import signal
@@ -26,6 +27,9 @@ from kvscope.snapshot import ServerBox
 SERVER_NAME = "demo"
 ALIVE_EVERY_SECONDS = 0.25
 LAST_LOOK_SECONDS = 10.0
+
+# Shorter than the session's pauses, so that each of its requests is seen; kvscope serve takes 2 s.
+IDLE_LOOK_SECONDS = 0.5
 
 # One thread and small batches: a prefill then lasts long enough to be watched.
 SLOW_FLAGS = ("-t", "1", "-b", "256", "-ub", "128")
@@ -151,7 +155,10 @@ async def _look_after_the_end(screen: Screen) -> None:
 
 
 async def _export(url: str, screen: Screen, stop: asyncio.Event) -> None:
-    settings = Settings(servers=(ServerSettings(SERVER_NAME, url=url, sleep_idle="off"),))
+    settings = Settings(
+        servers=(ServerSettings(SERVER_NAME, url=url, sleep_idle="off"),),
+        idle_interval_seconds=IDLE_LOOK_SECONDS,
+    )
 
     def make_poller(
         server: ServerSettings, settings: Settings, publish: Callable[[ServerBox], None]
@@ -169,7 +176,7 @@ async def _export(url: str, screen: Screen, stop: asyncio.Event) -> None:
         await listen(settings)
     except CannotListen:
         screen.tell(f"port {settings.listen_port} is taken, so the exporter listens on another one")
-        await listen(Settings(servers=settings.servers, listen_port=0))
+        await listen(dataclasses.replace(settings, listen_port=0))
 
 
 async def _until_it_ends(server: RunningServer) -> None:

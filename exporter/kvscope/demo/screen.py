@@ -55,7 +55,8 @@ class Screen:
         self._published.set()
         fullness = (
             int(any(evicted.events for counts in box.counts for evicted in counts.evictions.values())),
-            sum(slot.phase not in (None, Phase.IDLE) for slot in box.slots),
+            sum(bool(slot.context_tokens) for slot in box.slots),
+            int(any(slot.phase is Phase.PREFILL for slot in box.slots)),
             sum(slot.context_tokens or 0 for slot in box.slots),
         )
         if fullness >= self._fullest[0]:

@@ -62,15 +62,18 @@ def _slots(server: ServerBox) -> Table:
     table.add_column("LRU", justify="right")
     for slot in server.slots:
         computed, reused = _last_prompt(slot)
+        took = "" if slot.last_prefill_seconds is None else f"{slot.last_prefill_seconds:.2f} s"
+        # While the slot works, what is known of its last prompt is no longer of this one.
+        last = "" if slot.phase is Phase.IDLE else "dim"
         table.add_row(
             str(slot.id),
             _bar(slot),
             _held(slot),
             Text(slot.phase.value, style=PHASE_STYLES[slot.phase]) if slot.phase else "",
             _number(slot.prefill_tokens),
-            _number(computed),
-            _number(reused),
-            "" if slot.last_prefill_seconds is None else f"{slot.last_prefill_seconds:.2f} s",
+            Text(_number(computed), style=last),
+            Text(_number(reused), style=last),
+            Text(took, style=last),
             _number(_evictions(server, slot.id)),
             _number(slot.lru_rank),
         )
