@@ -1,5 +1,7 @@
 """What a history says after a sequence of looks."""
 
+from dataclasses import replace
+
 import pytest
 from tests.unit.tracking.looks import (
     Watch,
@@ -408,3 +410,21 @@ def test_a_server_that_sleeps_at_the_first_look_is_known_to_hold_nothing_and_wak
     watch.see(never_used(0), idle(1, 7, 115), counters=counted(600, 0, 32))
     assert watch.counts.observations["exact"] == 1
     assert watch.counts.slots[1].prompt_tokens["computed"] == 100
+
+
+def test_a_request_that_its_server_took_along_when_it_was_killed_is_not_counted_as_finished() -> None:
+    watch = started()
+    watch.see(never_used(0), decode(1, 9, 100, 0, 5))
+    watch.see(never_used(0), never_used(1), counters=counted(identity="second"))
+    watch.see(never_used(0), idle(1, 1, 65), counters=counted(50, 0, 16, identity="second"))
+    assert watch.counts.requests == {"unknown": 1}
+    assert watch.counts.observations == {"exact": 1, "apportioned": 0}
+
+
+def test_drafted_tokens_are_accepted_or_rejected() -> None:
+    watch = Watch()
+    before = replace(counted(), drafted_tokens=100, draft_accepted_tokens=90)
+    after = replace(counted(), drafted_tokens=160, draft_accepted_tokens=130)
+    watch.see(never_used(0), counters=before)
+    watch.see(never_used(0), counters=after)
+    assert watch.counts.draft_tokens == {"accepted": 40, "rejected": 20}

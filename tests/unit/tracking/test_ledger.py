@@ -124,3 +124,17 @@ def test_whatever_was_seen_every_token_is_given_out_exactly_once(
         assert min(gained.computed, gained.reused, gained.generated) >= 0
     still_open = sum(len(of_slot) for of_slot in settlement.open.values())
     assert still_open + len(settlement.finished) == sum(len(of_slot) for of_slot in claims.values())
+
+
+def test_what_several_requests_of_the_only_slot_that_changed_cannot_explain_is_still_that_slots() -> None:
+    claims = {2: (Claim(1, ended=True), ended(2, held=19))}
+    settlement = settle(claims, Tokens(500, 100, 50))
+    assert settlement.credits[2] == Tokens(500, 100, 50)
+    assert settlement.unattributed == Tokens()
+
+
+def test_a_sum_that_closes_by_chance_is_not_exact_where_slots_showed_another_reuse() -> None:
+    settlement = settle(
+        {0: (ended(1, held=1019, computed=100, reused=900, decoded=5),)}, Tokens(200, 800, 20)
+    )
+    assert not settlement.finished[0].exact
