@@ -7,19 +7,21 @@ Read-only: nothing is ever posted. Facts about fields come from llama.cpp's tool
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import json
 import math
+import os
 import re
 import ssl
 import time
+import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import aiohttp
+from yarl import URL
 
 from kvscope.observed.server import (
     Phase,
@@ -29,12 +31,15 @@ from kvscope.observed.server import (
     Source,
     SourceAnswer,
 )
-from kvscope.settings import ServerSettings
+from kvscope.settings import ServerSettings, is_loopback
 
 DEADLINE_SECONDS = 5.0
 LARGEST_ANSWER_BYTES = 8 * 1024 * 1024
 LARGEST_COUNT = 2**53
 """Above it a JSON number is no exact integer any more; no server counts that far."""
+LONGEST_TEXT = 256
+MOST_SLOTS = 1024
+"""Each slot is some thirty series for ever; llama.cpp itself knows at most 256."""
 
 _Parsed = TypeVar("_Parsed")
 
@@ -95,6 +100,8 @@ def parse_slots(body: bytes) -> tuple[tuple[SlotSeen, ...], tuple[str, ...]]:
         slot_id = fields.count("id")
         if slot_id is None:
             notes.append("a slot without a usable id is left out")
+        elif slot_id >= MOST_SLOTS:
+            notes.append(f"a slot has the id {slot_id}, above {MOST_SLOTS - 1}; left out")
         elif slot_id in slots:
             notes.append(f"slot {slot_id} is listed twice; the first is used")
         else:
@@ -106,8 +113,8 @@ def parse_slots(body: bytes) -> tuple[tuple[SlotSeen, ...], tuple[str, ...]]:
 
 def _slot(slot_id: int, entry: Mapping[str, Any], fields: _Fields) -> SlotSeen:
     processing = entry.get("is_processing")
-    if processing is None and "state" in entry:  # builds before b4027
-        processing = entry["state"] not in (0, "idle")
+    if processing is None and isinstance(entry.get("state"), int):  # builds before b4027
+        processing = entry["state"] != 0
     next_token = entry.get("next_token")
     if isinstance(next_token, list):
         next_token = next_token[0] if next_token else None
@@ -161,7 +168,7 @@ def parse_props(body: bytes) -> tuple[ServerProps, tuple[str, ...]]:
     model = fields.text("model_alias") or fields.text("model_path")
     return (
         ServerProps(
-            model=model_name(model) if model else None,
+            model=(model_name(model) or None) if model else None,
             build=fields.text("build_info"),
             file_type=fields.text("model_ftype"),
             total_slots=fields.count("total_slots"),
@@ -260,7 +267,8 @@ class _Fields:
     def text(self, name: str) -> str | None:
         value = self._entry.get(name)
         if isinstance(value, str) and value.strip():
-            return value[:256]
+            # JSON may hold half a surrogate pair, which no output could encode.
+            return value[:LONGEST_TEXT].encode("utf-8", "replace").decode()
         if value not in (None, "") and not isinstance(value, str):
             self.notes.append(f"{self._place}: {name} is {_kind(value)}, not a text; left out")
         return None
@@ -347,13 +355,16 @@ class LlamaServer:
             async with asyncio.timeout(self._deadline):
                 session = self._session or self._open()
                 async with session.get(self._base + path, allow_redirects=False) as response:
-                    failure = _STATUS_FAILURES.get(response.status)
                     if response.status != 200:
-                        raise AnswerError(
-                            failure or Failure.BROKEN, f"{path} answered with status {response.status}"
-                        )
+                        raise _refused(response.status, path)
+                    if response.headers.get("Content-Encoding", "identity") != "identity":
+                        raise AnswerError(Failure.BROKEN, f"{path}: the answer is compressed, unasked")
                     body = await _bounded_body(response, path)
                     return Answer(body, response.headers.get("Process-Start-Time-Unix"))
+        except aiohttp.ConnectionTimeoutError:
+            raise AnswerError(
+                Failure.UNREACHABLE, f"cannot connect: no answer within {self._deadline / 2:g} s"
+            ) from None
         except TimeoutError:
             raise AnswerError(Failure.LATE, f"{path} did not answer within {self._deadline:g} s") from None
         except aiohttp.ClientConnectorCertificateError:
@@ -362,8 +373,13 @@ class LlamaServer:
             ) from None
         except aiohttp.ClientConnectorDNSError:
             raise AnswerError(Failure.UNREACHABLE, "its host name does not resolve") from None
+        except aiohttp.ClientConnectorSSLError:
+            raise AnswerError(
+                Failure.UNREACHABLE, "it does not speak TLS; write http:// if it is meant to be plain"
+            ) from None
         except aiohttp.ClientConnectorError as error:
-            reason = error.os_error.strerror or type(error.os_error).__name__
+            number = error.os_error.errno
+            reason = os.strerror(number) if number else type(error.os_error).__name__
             raise AnswerError(Failure.UNREACHABLE, f"cannot connect: {reason}") from None
         except aiohttp.ServerDisconnectedError:
             raise AnswerError(Failure.UNREACHABLE, f"{path}: the server closed the connection") from None
@@ -371,12 +387,14 @@ class LlamaServer:
             raise AnswerError(Failure.CUT_OFF, f"{path}: the answer was cut off in the middle") from None
         except aiohttp.ClientResponseError:
             raise AnswerError(Failure.BROKEN, f"{path}: the answer is not HTTP") from None
-        except (aiohttp.ClientError, OSError) as error:
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            # ValueError: a host name that is none, found out by whoever resolves it.
             raise AnswerError(Failure.UNREACHABLE, f"{path}: {type(error).__name__}") from None
 
     def _open(self) -> aiohttp.ClientSession:
         settings = self._settings
-        headers = dict(settings.headers)
+        # Compressed, an answer of a few kilobytes could unfold to gigabytes.
+        headers = {"User-Agent": "kvscope", "Accept-Encoding": "identity", **settings.headers}
         if settings.api_key:
             headers["Authorization"] = f"Bearer {settings.api_key}"
         url = urlsplit(settings.url)
@@ -389,24 +407,54 @@ class LlamaServer:
         else:
             context = ssl.create_default_context(cafile=settings.ca_file) if url.scheme == "https" else True
             connector = aiohttp.TCPConnector(limit=1, force_close=force_close, ssl=context)
+        proxy = None if settings.unix_socket else _proxy(url)
         self._session = aiohttp.ClientSession(
             connector=connector,
             headers=headers,
-            # Proxies of the environment are for the world outside, never for this machine.
-            trust_env=not (settings.unix_socket or is_loopback(url.hostname or "")),
+            auto_decompress=False,
+            # A connection that is not even taken is no late answer: that machine is away.
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._deadline / 2),
+            proxy=proxy.with_user(None) if proxy else None,
+            proxy_auth=aiohttp.BasicAuth(proxy.user, proxy.password or "") if proxy and proxy.user else None,
             cookie_jar=aiohttp.DummyCookieJar(),
             raise_for_status=False,
         )
         return self._session
 
 
+def _proxy(url: SplitResult) -> URL | None:
+    """The environment's proxy, which is for the world outside, never for this machine.
+
+    Not aiohttp's trust_env: it would also send what ~/.netrc holds, in place of the API key.
+    """
+    host = url.hostname or ""
+    if is_loopback(host) or urllib.request.proxy_bypass(host):
+        return None
+    proxy = urllib.request.getproxies().get(url.scheme)
+    return URL(proxy) if proxy else None
+
+
 _STATUS_FAILURES = {
     401: Failure.UNAUTHORIZED,
     403: Failure.UNAUTHORIZED,
     404: Failure.NOT_FOUND,
+    500: Failure.UNREACHABLE,
     501: Failure.NOT_OFFERED,
+    # What stands in front of it answers for it.
+    502: Failure.UNREACHABLE,
     503: Failure.LOADING,
+    504: Failure.LATE,
 }
+
+
+def _refused(status: int, path: str) -> AnswerError:
+    failure = _STATUS_FAILURES.get(status, Failure.BROKEN)
+    problem = f"{path} answered with status {status}"
+    if failure is Failure.UNAUTHORIZED:
+        problem += "; name its API key with --api-key-file"
+    elif 300 <= status < 400:
+        problem += "; name the address that it leads to with --server"
+    return AnswerError(failure, problem)
 
 
 async def _bounded_body(response: aiohttp.ClientResponse, path: str) -> bytes:
@@ -423,13 +471,3 @@ async def _bounded_body(response: aiohttp.ClientResponse, path: str) -> bytes:
             response.close()
             raise too_large
     return bytes(body)
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether a host name or address means this machine."""
-    if host.lower() == "localhost" or host.lower().endswith(".localhost"):
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

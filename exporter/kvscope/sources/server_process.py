@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
@@ -10,8 +11,10 @@ from urllib.parse import urlsplit
 import psutil
 
 from kvscope.observed.server import ServerProcess
-from kvscope.settings import ServerSettings
-from kvscope.sources.llama_server import is_loopback
+from kvscope.settings import ServerSettings, is_loopback
+
+_LLAMA_SERVER = re.compile(r"(?<!o)llama(?!-?swap)")
+_WILDCARDS = ("0.0.0.0", "::")  # noqa: S104 - looked for, not listened on
 
 
 class NotReadableError(Exception):
@@ -25,20 +28,27 @@ def find_server_process(settings: ServerSettings) -> ServerProcess:
     namespace (a container) or of another user.
     """
     url = urlsplit(settings.url)
-    host = url.hostname or ""
-    if settings.unix_socket or not _is_here(host):
+    addresses = set() if settings.unix_socket else _addresses_here(url.hostname or "")
+    if not addresses:
         raise NotReadableError("it is not reached over a port of this machine")
     port = url.port or (443 if url.scheme == "https" else 80)
     try:
         connections = psutil.net_connections(kind="tcp")
     except (psutil.Error, OSError):
         raise NotReadableError("this system does not let us list who listens on a port") from None
-    for connection in connections:
-        if connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr.port == port:
-            if connection.pid is None:
-                raise NotReadableError("it belongs to another user or lives in a container")
-            return _read(connection.pid)
-    raise NotReadableError("no process of this machine is seen listening there")
+    listening = {
+        connection.laddr.ip: connection.pid
+        for connection in connections
+        if connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr.port == port
+    }
+    # Two programs may share a port number on different addresses; a wildcard serves the rest.
+    found = [address for address in (*sorted(addresses), *_WILDCARDS) if address in listening]
+    if not found:
+        raise NotReadableError("no process of this machine is seen listening there")
+    pid = listening[found[0]]
+    if pid is None:
+        raise NotReadableError("it belongs to another user or lives in a container")
+    return _read(pid)
 
 
 def is_alive(process: ServerProcess) -> bool:
@@ -55,17 +65,26 @@ def _read(pid: int) -> ServerProcess:
         command_line = process.cmdline()
         environment = process.environ()
         started_at = process.create_time()
+        name = process.name()
     except (psutil.Error, OSError):
         raise NotReadableError("its command line belongs to another user") from None
     # A container's proxy listens for a server whose own flags are out of sight.
-    if not any("llama" in PurePath(argument).name.lower() for argument in command_line[:4]):
-        raise NotReadableError(f"the process that listens there, {process.name()}, is no llama-server")
+    if not is_llama_server(command_line):
+        raise NotReadableError(f"the process that listens there, {name}, is no llama-server")
     return ServerProcess(
         pid=pid,
         started_at=started_at,
         sleep_idle_seconds=sleep_idle_seconds(command_line, environment),
         kv_unified=kv_unified(command_line, environment),
     )
+
+
+def is_llama_server(command_line: Sequence[str]) -> bool:
+    """Return whether a command line starts llama-server, itself or through an interpreter.
+
+    Proxies and launchers with "llama" in their names (ollama, llama-swap) have flags of their own.
+    """
+    return any(_LLAMA_SERVER.search(PurePath(argument).name.lower()) for argument in command_line[:4])
 
 
 def sleep_idle_seconds(command_line: Sequence[str], environment: Mapping[str, str]) -> float | None:
@@ -95,6 +114,8 @@ def kv_unified(command_line: Sequence[str], environment: Mapping[str, str]) -> b
     unified = environment.get("LLAMA_ARG_KV_UNIFIED")
     if unified is not None:
         return unified.strip().lower() in {"1", "on", "true", "enabled"}
+    if "LLAMA_ARG_NO_KV_UNIFIED" in environment:
+        return False
     slots = _last(command_line, "-np", "--parallel", "--n-parallel") or environment.get(
         "LLAMA_ARG_N_PARALLEL"
     )
@@ -116,12 +137,11 @@ def _last(command_line: Sequence[str], *names: str) -> str | None:
     return found
 
 
-def _is_here(host: str) -> bool:
-    if is_loopback(host):
-        return True
-    own = {address.address for addresses in psutil.net_if_addrs().values() for address in addresses}
+def _addresses_here(host: str) -> set[str]:
+    """The addresses of this machine that a host name or address stands for; none: it is elsewhere."""
     try:
-        resolved = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
-    except OSError:
-        return False
-    return bool(own & resolved)
+        named = {str(info[4][0]) for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+    except (OSError, ValueError):
+        return set()
+    own = {address.address for addresses in psutil.net_if_addrs().values() for address in addresses}
+    return {address for address in named if address in own or is_loopback(address)}
