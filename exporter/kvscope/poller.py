@@ -33,11 +33,18 @@ log = logging.getLogger(__name__)
 COUNTERS_AT_LEAST_EVERY_SECONDS = 30.0
 COUNTERS_WHILE_ALL_BUSY_SECONDS = 5.0
 PROPS_EVERY_SECONDS = 30.0
-PROCESS_EVERY_SECONDS = 10.0
+PROCESS_EVERY_SECONDS = 30.0
 LONGEST_BACK_OFF_SECONDS = 30.0
+FAILURES_UNTIL_BROKEN = 2
+MOST_NOTES = 20
+SHORTEST_SLEEP_SECONDS = 1.0
+"""A slot that worked less than this ago cannot be asleep: the least that --sleep-idle-seconds takes."""
+CALM_SECONDS = 60.0
+"""A source that fails now and then is told of once, not each time; this long without, and it is well."""
 COUNTER_READINGS_A_LOOK = 2
 """A second one only when a request ended between the two looks around the first."""
 
+_WELL = frozenset({ServerState.READY, ServerState.LOADING, ServerState.SLEEPING})
 _WORTH_BACKING_OFF = frozenset(
     {ServerState.UNREACHABLE, ServerState.UNAUTHORIZED, ServerState.NOT_LLAMA_SERVER}
 )
@@ -47,6 +54,7 @@ class Poller:
     """Watches one server: asynchronous, one look at a time, read-only.
 
     publish is called with the server's box after each look, and again when a reading ages out.
+    clock: Unix seconds; monotonic: seconds of a clock that never jumps.
     """
 
     def __init__(
@@ -57,92 +65,106 @@ class Poller:
         *,
         client: LlamaServer | None = None,
         find_process: Callable[[ServerSettings], ServerProcess] = find_server_process,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._server = server
         self._settings = settings
         self._publish = publish
         self._client = client or LlamaServer(server)
         self._find_process = find_process
+        self._clock = clock
+        self._monotonic = monotonic
         self._history = History(server.name)
         self._failed_looks = 0
+        self._restart_seen = False
         self._process: ServerProcess | None = None
         self._process_looked_at: float | None = None
         self._metrics_offered: bool | None = None
-        self._told: set[str] = set()
-        self._problems: dict[Source, str] = {}
+        self._metrics_asked_at: float | None = None
+        self._metrics_failures = 0
+        self._aging: asyncio.TimerHandle | None = None
+        self._words = _Words(server.name, monotonic)
 
     async def run(self) -> None:
         """Look for ever; cancel to stop. Closes the client's connections at the end."""
         try:
             while True:
                 await self.look_once()
-                await self._wait(self._delay())
+                await asyncio.sleep(self.pause_seconds())
         finally:
+            if self._aging is not None:
+                self._aging.cancel()
             await self._client.close()
 
     async def look_once(self) -> ServerBox:
         """Look once at everything that is due, publish the server's box and return it."""
-        before = self._history.state if self._history.looks else None
-        restarts = self._history.restarts
+        before = self._history
         await self._look()
-        state = self._history.state
-        self._failed_looks = self._failed_looks + 1 if state in _WORTH_BACKING_OFF else 0
-        if state is not before:
-            level = logging.INFO if state is ServerState.READY else logging.WARNING
-            problem = self._history.problem
-            self._say(level, f"is {state.value}" + (f": {problem}" if problem else ""))
-        if self._history.restarts > restarts:
-            self._say(logging.INFO, "was restarted; its slots are empty")
+        after = self._history
+        self._failed_looks = self._failed_looks + 1 if after.state in _WORTH_BACKING_OFF else 0
+        if after.restarts > before.restarts:
+            # Another process may serve another model and offer other endpoints.
+            self._restart_seen = True
+            self._metrics_offered = None
+            self._metrics_failures = 0
+        self._words.tell_look(before if before.looks else None, after)
         return self._publish_now()
+
+    def pause_seconds(self) -> float:
+        """Return how long to wait before the next look: longer while idle, and with each failure."""
+        busy, idle = self._settings.busy_interval_seconds, self._settings.idle_interval_seconds
+        if self._failed_looks:
+            longest = min(LONGEST_BACK_OFF_SECONDS, idle * 2.0 ** min(self._failed_looks - 1, 10))
+            return longest * random.uniform(0.5, 1.0)
+        return busy if self._history.state is ServerState.READY and not self._idle() else idle
 
     # --- one look ---------------------------------------------------------------------------------
 
     async def _look(self) -> None:
-        history = self._history
-        try:
-            props = await self._client.props() if self._props_due() else None
-        except AnswerError as error:
-            self._advance(await self._state_without_props(error))
-            return
-        if props is not None:
-            self._tell_notes()
-        await self._look_at_process()
-        sleeping_before = history.state is ServerState.SLEEPING
-        if props is not None and props.sleeping:
-            self._advance(ServerState.SLEEPING, props=props, counters=await self._counters(props))
-            return
-        moved = False
-        if self._slots_better_left_alone(props):
-            counters = await self._counters(props)
-            if counters is not None:
-                moved = counters_moved(history, counters)
-                if not moved:
-                    self._advance(ServerState.READY, props=props, counters=counters, quiet=True)
-                    return
-            elif not (sleeping_before and self._metrics_usable(props) is False):
-                self._advance(ServerState.READY, props=props)
+        props: ServerProps | None = None
+        if self._props_due():
+            try:
+                props = await self._props()
+            except AnswerError as error:
+                self._advance(await self._state_without_props(error))
                 return
-        await self._look_at_slots(props, moved)
+        await self._look_at_process()
+        slept = self._history.state is ServerState.SLEEPING
+        if props is not None and props.sleeping:
+            readable = self._metrics_readable(props)
+            self._advance(ServerState.SLEEPING, props=props, counters=await self._counters(props, readable))
+            return
+        self._tell_what_sleep_hides(props)
+        if not self._slots_left_alone(props):
+            await self._look_at_slots(props)
+        elif self._metrics_readable(props):
+            counters = await self._counters(props)
+            if counters is not None and counters_moved(self._history, counters):
+                await self._look_at_slots(props, moved=True)
+            else:
+                self._advance(ServerState.READY, props=props, counters=counters, quiet=counters is not None)
+        elif slept:
+            await self._look_at_slots(props)  # something woke it: there is work to be seen
+        else:
+            self._advance(ServerState.READY, props=props)
 
-    async def _look_at_slots(self, props: ServerProps | None, moved: bool) -> None:
+    async def _look_at_slots(self, props: ServerProps | None, *, moved: bool = False) -> None:
         slots, state = await self._slots()
         if slots is None:
-            counters = None
-            if state is ServerState.SLOTS_DISABLED and self._counters_due():
-                counters = await self._counters(props)
-            self._advance(state, props=props, counters=counters)
+            due = state is ServerState.SLOTS_DISABLED and self._counters_due()
+            self._advance(state, props=props, counters=await self._counters(props, due))
             return
-        self._tell_notes()
         new = not self._history.tracks or looks_restarted(self._history, slots)
         if not new:
             self._advance(ServerState.READY, slots, props=props)
             props = None
-        usable = self._metrics_usable(props)
-        if usable is False or not (new or moved or self._history.awaits_counters or self._counters_due()):
-            if new:
-                self._advance(ServerState.READY, slots, props=props)
-            return
-        await self._settle(slots, props, new)
+        elif props is None:
+            props = await self._props_of_new_process()
+        if self._counters_wanted(props, new=new, moved=moved):
+            await self._settle(slots, props, new)
+        elif new:
+            self._advance(ServerState.READY, slots, props=props)
 
     async def _settle(self, slots: tuple[SlotSeen, ...], props: ServerProps | None, new: bool) -> None:
         """Read the counters between two looks at /slots, so that both belong together."""
@@ -163,14 +185,28 @@ class Poller:
             if consistent or not ended_between:
                 break
         if counters is None and new and self._history.tracks and self._metrics_usable(props):
-            # Whether this is a new process only the counters tell: believe the slots next time.
-            self._advance(self._history.state, props=props)
+            # Only the counters tell whether this is a new process. Without them the slots are
+            # believed at the next look.
+            self._advance(ServerState.READY, props=props)
             return
         self._advance(ServerState.READY, slots, props=props, counters=counters, consistent=consistent)
 
+    async def _props(self) -> ServerProps:
+        props = await self._client.props()
+        self._restart_seen = False
+        self._words.tell_notes(self._client.notes)
+        return props
+
+    async def _props_of_new_process(self) -> ServerProps | None:
+        """What is counted from now on may be another model's."""
+        try:
+            return await self._props()
+        except AnswerError:
+            return None
+
     async def _slots(self) -> tuple[tuple[SlotSeen, ...] | None, ServerState]:
         try:
-            return await self._client.slots(), ServerState.READY
+            slots = await self._client.slots()
         except AnswerError as error:
             match error.failure:
                 case Failure.NOT_OFFERED | Failure.NOT_FOUND:
@@ -184,25 +220,22 @@ class Poller:
                 case Failure.UNREACHABLE:
                     return None, ServerState.UNREACHABLE
             return None, ServerState.READY  # /props was understood: only this source is broken
+        self._words.tell_notes(self._client.notes)
+        return slots, ServerState.READY
 
-    async def _counters(self, props: ServerProps | None) -> ServerCounters | None:
-        if self._metrics_usable(props) is False:
+    async def _counters(self, props: ServerProps | None, wanted: bool = True) -> ServerCounters | None:
+        if not wanted or self._metrics_usable(props) is False:
             return None
+        self._metrics_asked_at = self._monotonic()
         try:
-            return await self._client.counters()
+            counters = await self._client.counters()
         except AnswerError as error:
+            self._metrics_failures += 1
             if error.failure in (Failure.NOT_OFFERED, Failure.NOT_FOUND):
                 self._metrics_offered = False
             return None
-
-    def _metrics_usable(self, props: ServerProps | None) -> bool | None:
-        """Whether /metrics can be read: by the settings, by /props, or by its last answer."""
-        if not self._settings.server_metrics:
-            return False
-        props = props or self._history.props
-        if props is not None and props.metrics_endpoint is not None:
-            return props.metrics_endpoint
-        return self._metrics_offered
+        self._metrics_failures = 0
+        return counters
 
     async def _state_without_props(self, error: AnswerError) -> ServerState:
         match error.failure:
@@ -210,9 +243,9 @@ class Poller:
                 return ServerState.UNAUTHORIZED
             case Failure.LOADING:
                 return ServerState.LOADING
-            case Failure.LATE:
+            case Failure.LATE if self._history.props is not None:
                 return await self._state_when_late()
-            case Failure.UNREACHABLE | Failure.CUT_OFF:
+            case Failure.LATE | Failure.UNREACHABLE | Failure.CUT_OFF:
                 return ServerState.UNREACHABLE
             case Failure.NOT_FOUND | Failure.NOT_OFFERED | Failure.BROKEN:
                 return ServerState.NOT_LLAMA_SERVER
@@ -222,8 +255,6 @@ class Poller:
 
         A prompt that began since the last look makes it late as well: /health tells then.
         """
-        if self._history.props is None:
-            return ServerState.UNREACHABLE
         if self._history.any_prefill or await self._client.healthy():
             return ServerState.STALLED
         return ServerState.UNREACHABLE
@@ -232,21 +263,46 @@ class Poller:
 
     def _props_due(self) -> bool:
         history = self._history
-        if history.props is None or history.props_seen is None or history.state is not ServerState.READY:
+        if history.state not in (ServerState.READY, ServerState.SLOTS_DISABLED) or self._restart_seen:
             return True
-        if time.monotonic() - history.props_seen >= PROPS_EVERY_SECONDS:
+        if history.props_seen is None or self._passed(history.props_seen, PROPS_EVERY_SECONDS):
             return True
-        return self._idle() and self._may_sleep(None) is not False
-
-    def _idle(self) -> bool:
-        return not self._history.any_busy and not self._history.awaits_counters
+        if self._may_sleep(None) is False:
+            return False
+        return self._idle() or self._passed(history.slots_seen, SHORTEST_SLEEP_SECONDS)
 
     def _counters_due(self) -> bool:
-        seen = self._history.counters_seen
-        if seen is None:
-            return True
-        wait = COUNTERS_WHILE_ALL_BUSY_SECONDS if self._history.all_busy else COUNTERS_AT_LEAST_EVERY_SECONDS
-        return time.monotonic() - seen >= wait
+        soon = self._history.all_busy or self._metrics_failures == 1
+        wait = COUNTERS_WHILE_ALL_BUSY_SECONDS if soon else COUNTERS_AT_LEAST_EVERY_SECONDS
+        return self._metrics_asked_at is None or self._passed(self._metrics_asked_at, wait)
+
+    def _counters_wanted(self, props: ServerProps | None, *, new: bool, moved: bool) -> bool:
+        if self._metrics_usable(props) is False:
+            return False
+        ended = new or moved or self._history.awaits_counters
+        return self._counters_due() or (ended and self._metrics_failures == 0)
+
+    def _idle(self) -> bool:
+        awaited = self._history.awaits_counters and self._metrics_failures < FAILURES_UNTIL_BROKEN
+        return not self._history.any_busy and not awaited
+
+    def _passed(self, since: float | None, seconds: float) -> bool:
+        return since is not None and self._monotonic() - since >= seconds
+
+    def _metrics_usable(self, props: ServerProps | None) -> bool | None:
+        """Whether /metrics is offered: by the settings, by /props, or by its last answer."""
+        if not self._settings.server_metrics:
+            return False
+        props = props or self._history.props
+        if props is not None and props.metrics_endpoint is not None:
+            return props.metrics_endpoint
+        return self._metrics_offered
+
+    def _metrics_readable(self, props: ServerProps | None) -> bool:
+        """Whether /metrics can stand in for /slots now; one that only fails is tried now and then."""
+        if self._metrics_usable(props) is False:
+            return False
+        return self._metrics_failures < FAILURES_UNTIL_BROKEN or self._counters_due()
 
     def _may_sleep(self, props: ServerProps | None) -> bool | None:
         setting = self._server.sleep_idle
@@ -261,39 +317,26 @@ class Poller:
             return self._process.sleep_idle_seconds is not None
         return None
 
-    def _slots_better_left_alone(self, props: ServerProps | None) -> bool:
+    def _slots_left_alone(self, props: ServerProps | None) -> bool:
         """Whether a request to /slots might keep an idle server from its sleep."""
         may_sleep = self._may_sleep(props)
-        usable = self._metrics_usable(props) is not False
-        if may_sleep is None and not usable:
-            self._tell_once(
-                logging.INFO,
-                "whether it may sleep is not known, and it has no /metrics: /slots is looked at as usual. "
-                "If it was started with --sleep-idle-seconds, say so with --sleep-idle, or it stays awake",
-            )
+        if may_sleep is False or (may_sleep is None and not self._metrics_readable(props)):
             return False
-        if may_sleep and not usable:
-            self._tell_once(
-                logging.WARNING,
-                "may sleep and has no /metrics: /slots is left alone once it is idle, so requests are seen "
-                "only after it slept. Start it with --metrics to see them all",
-            )
-        return may_sleep is not False and bool(self._history.tracks) and self._idle()
+        return bool(self._history.tracks) and self._idle()
 
     async def _look_at_process(self) -> None:
-        now = time.monotonic()
         if self._process is not None and not is_alive(self._process):
             self._process = self._process_looked_at = None
-        if self._process_looked_at is not None and now - self._process_looked_at < PROCESS_EVERY_SECONDS:
+        looked_at = self._process_looked_at
+        if self._process is not None or (
+            looked_at is not None and not self._passed(looked_at, PROCESS_EVERY_SECONDS)
+        ):
             return
-        if self._process is not None:
-            self._process_looked_at = now
-            return
-        self._process_looked_at = now
+        self._process_looked_at = self._monotonic()
         try:
             self._process = await asyncio.to_thread(self._find_process, self._server)
         except NotReadableError as error:
-            self._tell_once(
+            self._words.tell_once(
                 logging.INFO,
                 f"its process cannot be read: {error}. Its start time and its flags stay unknown; "
                 "--sleep-idle tells whether it may sleep",
@@ -312,13 +355,12 @@ class Poller:
         quiet: bool = False,
     ) -> None:
         answers = self._client.take_answers()
-        self._tell_problems(answers)
-        usable = self._metrics_usable(props)
+        self._words.note_answers(answers)
         self._history = advance(
             self._history,
             ServerLook(
-                at=time.time(),
-                monotonic=time.monotonic(),
+                at=self._clock(),
+                monotonic=self._monotonic(),
                 state=state,
                 slots=slots,
                 counters=counters,
@@ -327,7 +369,7 @@ class Poller:
                 props=props,
                 process=self._process,
                 process_readable=self._process is not None,
-                metrics_available=True if counters is not None else usable,
+                metrics_available=True if counters is not None else self._metrics_usable(props),
                 answers=answers,
                 intervals=self._intervals(props),
             ),
@@ -335,65 +377,104 @@ class Poller:
 
     def _intervals(self, props: ServerProps | None) -> tuple[tuple[Source, float], ...]:
         busy, idle = self._settings.busy_interval_seconds, self._settings.idle_interval_seconds
-        quiet = self._slots_better_left_alone(props)
-        usable = self._metrics_usable(props) is not False
+        quiet = self._slots_left_alone(props)
         every = idle if quiet else COUNTERS_AT_LEAST_EVERY_SECONDS
         if self._history.all_busy:
             every = COUNTERS_WHILE_ALL_BUSY_SECONDS
         return (
             (Source.SLOTS, idle if self._idle() else busy),
             (Source.PROPS, idle if quiet else PROPS_EVERY_SECONDS),
-            *(((Source.METRICS, every),) if usable else ()),
+            *(((Source.METRICS, every),) if self._metrics_usable(props) is not False else ()),
         )
 
-    def _delay(self) -> float:
-        busy, idle = self._settings.busy_interval_seconds, self._settings.idle_interval_seconds
-        if self._failed_looks:
-            longest = min(LONGEST_BACK_OFF_SECONDS, idle * 2 ** min(self._failed_looks - 1, 10))
-            return longest * random.uniform(0.5, 1.0)
-        return busy if self._history.state is ServerState.READY and not self._idle() else idle
-
-    async def _wait(self, seconds: float) -> None:
-        """Wait for the next look; publish again when a reading ages out meanwhile."""
-        until = time.monotonic() + seconds
-        while (left := until - time.monotonic()) > 0:
-            expiry = expires_at(self._history, time.monotonic())
-            if expiry is None or expiry >= until:
-                await asyncio.sleep(left)
-                return
-            await asyncio.sleep(max(0.01, expiry - time.monotonic()) + 0.01)
-            self._publish_now()
-
     def _publish_now(self) -> ServerBox:
-        published = box(self._history, time.monotonic())
+        """Publish, and again when the next reading ages out, however long a look takes by then."""
+        now = self._monotonic()
+        published = box(self._history, now)
         self._publish(published)
+        if self._aging is not None:
+            self._aging.cancel()
+        expiry = expires_at(self._history, now)
+        if expiry is not None:
+            loop = asyncio.get_running_loop()
+            self._aging = loop.call_later(expiry - now + 0.01, self._publish_now)
         return published
 
-    # --- words ----------------------------------------------------------------------------------------
+    def _tell_what_sleep_hides(self, props: ServerProps | None) -> None:
+        if self._metrics_usable(props) is not False:
+            return
+        may_sleep = self._may_sleep(props)
+        if may_sleep:
+            self._words.tell_once(
+                logging.WARNING,
+                "may sleep and has no /metrics: /slots is left alone once it is idle, so requests are seen "
+                "only after it slept. Start it with --metrics to see them all",
+            )
+        elif may_sleep is None:
+            self._words.tell_once(
+                logging.INFO,
+                "whether it may sleep is not known, and it has no /metrics: /slots is looked at as usual. "
+                "If it was started with --sleep-idle-seconds, say so with --sleep-idle, or it stays awake",
+            )
 
-    def _say(self, level: int, words: str) -> None:
-        log.log(level, "server %s %s", self._server.name, words, extra={"server": self._server.name})
 
-    def _tell_once(self, level: int, words: str) -> None:
+class _Words:
+    """What is said of one server: each state when it begins, each problem once."""
+
+    def __init__(self, server: str, monotonic: Callable[[], float]) -> None:
+        self._server = server
+        self._monotonic = monotonic
+        self._told: set[str] = set()
+        self._problems: dict[Source, set[str]] = {}
+        self._well_since: dict[Source, float] = {}
+        self._news: list[str] = []
+
+    def tell_look(self, before: History | None, after: History) -> None:
+        """Say what a look changed: the state with the problem behind it, other problems, a restart."""
+        if before is None or after.state is not before.state:
+            if after.state in _WELL:
+                self._say(logging.INFO, f"is {after.state.value}")
+            else:
+                self._say(logging.WARNING, f"is {after.state.value}: {after.problem or 'no reason given'}")
+                self._news = [problem for problem in self._news if problem != after.problem]
+        for problem in self._news:
+            self._say(logging.WARNING, problem)
+        self._news = []
+        if before is not None and after.restarts > before.restarts:
+            self._say(logging.INFO, "was restarted; its slots are empty")
+
+    def note_answers(self, answers: Iterable[SourceAnswer]) -> None:
+        """Keep what is new in them for the end of the look."""
+        now = self._monotonic()
+        for answer in answers:
+            source = answer.source
+            if answer.problem is None:
+                if (
+                    source in self._problems
+                    and now - self._well_since.setdefault(source, now) >= CALM_SECONDS
+                ):
+                    del self._problems[source], self._well_since[source]
+                continue
+            self._well_since.pop(source, None)
+            told = self._problems.setdefault(source, set())
+            if answer.problem not in told:
+                told.add(answer.problem)
+                self._news.append(answer.problem)
+
+    def tell_notes(self, notes: Iterable[str]) -> None:
+        """Say what was odd in an answer that was understood; not without end."""
+        for note in notes:
+            if len(self._told) < MOST_NOTES:
+                self.tell_once(logging.WARNING, note)
+
+    def tell_once(self, level: int, words: str) -> None:
+        """Say it if it was never said."""
         if words not in self._told:
             self._told.add(words)
             self._say(level, words)
 
-    def _tell_notes(self) -> None:
-        if self._client.notes and len(self._told) < 100:
-            self._tell_once(logging.WARNING, self._client.notes[0])
-
-    def _tell_problems(self, answers: Iterable[SourceAnswer]) -> None:
-        """One line when a source begins to fail or fails otherwise; one when it is back."""
-        for answer in answers:
-            told = self._problems.get(answer.source)
-            if answer.problem is None:
-                if told is not None:
-                    del self._problems[answer.source]
-                    self._say(logging.INFO, f"answers /{answer.source.value} again")
-            elif told != answer.problem:
-                self._problems[answer.source] = answer.problem
-                self._say(logging.WARNING, answer.problem)
+    def _say(self, level: int, words: str) -> None:
+        log.log(level, "server %s %s", self._server, words, extra={"server": self._server})
 
 
 def _signature(slots: Iterable[SlotSeen]) -> tuple[object, ...]:
