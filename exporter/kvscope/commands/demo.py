@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import hashlib
+import logging
 import os
 import signal
 import sys
@@ -83,6 +84,8 @@ def run_demo(turns: int | None, mode: str, seed: int, breath: float, picture: Pa
 
     Raises DemoFailed when a part of it dies.
     """
+    # That its server went away the demo tells itself, in its own words.
+    logging.getLogger("kvscope").setLevel(logging.ERROR)
     context = ("-c", str(POOL_LIMIT)) if mode == "default" else ("-np", "4", "-c", str(4 * CONTEXT_LIMIT))
     with Screen(SERVER_NAME) as screen:
         screen.tell("starting a llama.cpp server on a tiny model")
