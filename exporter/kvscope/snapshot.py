@@ -67,7 +67,7 @@ class ModelCounts:
 
     created_at: Unix seconds of the first look. evictions by (tier, reason, kept).
     unattributed_tokens by source (computed, reused, generated).
-    None where the source of a counter cannot be read.
+    None, or without an entry, where the source of a counter cannot be read.
     """
 
     model: str | None
@@ -76,7 +76,7 @@ class ModelCounts:
     requests: Mapping[str, int]
     observations: Mapping[str, int]
     evictions: Mapping[tuple[str, str, str], EvictionCount]
-    request_prefill_seconds: HistogramCounts
+    request_prefill_seconds: HistogramCounts | None = None
     unattributed_tokens: Mapping[str, int] | None = None
     prefill_seconds: float | None = None
     decode_seconds: float | None = None

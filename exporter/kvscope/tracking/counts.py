@@ -17,24 +17,31 @@ _Key = TypeVar("_Key", bound=Hashable)
 
 
 def no_counts(model: str | None, at: float) -> ModelCounts:
-    """Return counters at 0, created at a Unix time in seconds."""
-    return ModelCounts(
-        model=model,
-        created_at=at,
-        slots={},
-        requests={"unknown": 0},
-        observations={"exact": 0, "apportioned": 0},
-        evictions={("slot", reason.value, "unknown"): EvictionCount() for reason in Reason},
-        request_prefill_seconds=HistogramCounts(
-            PREFILL_SECONDS_BOUNDS, (0,) * (len(PREFILL_SECONDS_BOUNDS) + 1)
-        ),
+    """Return counters of which none can be read yet, created at a Unix time in seconds."""
+    return ModelCounts(model=model, created_at=at, slots={}, requests={}, observations={}, evictions={})
+
+
+def with_zeros(counts: ModelCounts, slot_ids: Iterable[int], counters_known: bool) -> ModelCounts:
+    """Return the counts with a 0 for everything that these sources can count.
+
+    slot_ids: the slots that /slots shows; without any, nothing is known of requests. Only with the
+    server's counters besides can a request be known exactly.
+    """
+    slots = {**dict.fromkeys(slot_ids, _NO_SLOT_COUNTS), **counts.slots}
+    if not slots:
+        return counts
+    precisions = ("exact", "apportioned") if counters_known else ("apportioned",)
+    histogram = counts.request_prefill_seconds
+    if histogram is None and counters_known:
+        histogram = HistogramCounts(PREFILL_SECONDS_BOUNDS, (0,) * (len(PREFILL_SECONDS_BOUNDS) + 1))
+    return replace(
+        counts,
+        slots=slots,
+        requests={"unknown": 0, **counts.requests},
+        observations={**dict.fromkeys(precisions, 0), **counts.observations},
+        evictions={**_NO_EVICTIONS, **counts.evictions},
+        request_prefill_seconds=histogram,
     )
-
-
-def with_slots(counts: ModelCounts, slot_ids: Iterable[int]) -> ModelCounts:
-    """Return the counts with every one of these slots in them."""
-    missing = {slot_id: _NO_SLOT_COUNTS for slot_id in slot_ids if slot_id not in counts.slots}
-    return replace(counts, slots={**counts.slots, **missing}) if missing else counts
 
 
 def with_phase_seconds(counts: ModelCounts, phases: Mapping[int, Phase], seconds: float) -> ModelCounts:
@@ -54,7 +61,7 @@ def with_losses(counts: ModelCounts, losses: Iterable[Loss]) -> ModelCounts:
         of_slot = slots.get(loss.slot, _NO_SLOT_COUNTS)
         slots[loss.slot] = replace(of_slot, evictions=_added(of_slot.evictions, loss.reason.value, 1))
         key = ("slot", loss.reason.value, "unknown")
-        count = evictions[key]
+        count = evictions.get(key, EvictionCount())
         evictions[key] = EvictionCount(count.events + loss.events, count.tokens + loss.tokens)
     return replace(counts, slots=slots, evictions=evictions)
 
@@ -104,7 +111,7 @@ def with_settlement(counts: ModelCounts, settlement: Settlement) -> ModelCounts:
     for done in settlement.finished:
         requests = _added(requests, "unknown", 1)
         observations = _added(observations, "exact" if done.exact else "apportioned", 1)
-        if done.exact:
+        if done.exact and histogram is not None:
             histogram = _observed(histogram, done.claim.prefill_seconds)
     return replace(
         counts,
@@ -122,6 +129,9 @@ _NO_SLOT_COUNTS = SlotCounts(
     generated_tokens=0,
     evictions={reason.value: 0 for reason in Reason},
 )
+
+
+_NO_EVICTIONS = {("slot", reason.value, "unknown"): EvictionCount() for reason in Reason}
 
 
 def _grown(total: float | None, last: float | None, now: float | None) -> float | None:

@@ -131,6 +131,10 @@ def advance(history: History, look: ServerLook) -> History:
     elif look.quiet and history.tracks:
         history = _with_phase_seconds(history, elapsed)
         history = replace(history, slots_seen=look.monotonic, gap=False)
+    if history.tracks:
+        counters_known = look.counters is not None or history.counters is not None
+        zeros = counting.with_zeros(_counts(history), history.tracks, counters_known)
+        history = _with_counts(history, zeros)
     if look.counters is not None:
         history = _with_counters(history, look, look.counters, first)
     elif history.metrics_available is False and history.awaits_counters:
@@ -219,7 +223,6 @@ def _with_slots(
         slots_seen=look.monotonic,
         gap=False,
         kv_unified=_kv_unified(history, slots),
-        counts={**history.counts, history.model: counting.with_slots(_counts(history), now)},
     )
 
 
@@ -335,7 +338,6 @@ def _asleep(history: History, look: ServerLook) -> History:
         limit = history.props.context_limit_tokens
         tracks = {slot: never_worked(SlotSeen(slot, limit), look.at) for slot in slots}
         history = replace(history, tracks=tracks)
-        history = _with_counts(history, counting.with_slots(_counts(history), tracks))
     claims = {
         slot: tuple(replace(claim, ended=True) for claim in of_slot)
         for slot, of_slot in history.claims.items()

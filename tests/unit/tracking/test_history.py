@@ -428,3 +428,30 @@ def test_drafted_tokens_are_accepted_or_rejected() -> None:
     watch.see(never_used(0), counters=before)
     watch.see(never_used(0), counters=after)
     assert watch.counts.draft_tokens == {"accepted": 40, "rejected": 20}
+
+
+class TestWhatCannotBeReadHasNoCounter:
+    def test_without_slots_nothing_is_known_of_requests_but_all_tokens_are_counted(self) -> None:
+        watch = Watch()
+        watch.see(state=ServerState.SLOTS_DISABLED, counters=counted())
+        watch.see(state=ServerState.SLOTS_DISABLED, counters=counted(100, 20, 16, prefill_seconds=2.0))
+        assert watch.counts.unattributed_tokens == {"computed": 100, "reused": 20, "generated": 16}
+        assert watch.counts.prefill_seconds == 2
+        assert (watch.counts.requests, watch.counts.observations, watch.counts.evictions) == ({}, {}, {})
+        assert watch.counts.request_prefill_seconds is None
+
+    def test_without_metrics_no_request_can_be_exact(self) -> None:
+        watch = Watch()
+        watch.see(never_used(0), metrics_available=False)
+        assert watch.counts.requests == {"unknown": 0}
+        assert watch.counts.observations == {"apportioned": 0}
+        assert watch.counts.request_prefill_seconds is None
+        assert watch.counts.unattributed_tokens is None
+        assert watch.counts.prefill_seconds is None
+
+    def test_with_both_everything_stands_at_zero_from_the_first_look(self) -> None:
+        counts = started().counts
+        assert counts.observations == {"exact": 0, "apportioned": 0}
+        assert counts.requests == {"unknown": 0}
+        assert {reason for _, reason, _ in counts.evictions} == set(counts.slots[0].evictions)
+        assert sum(counts.request_prefill_seconds.counts) == 0
