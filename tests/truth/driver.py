@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
 import subprocess
@@ -192,14 +193,22 @@ def _answer(prompt: Tokens, reply: Mapping[str, Any]) -> Answer:
 
 
 class Exporter:
-    """`kvscope serve` in a process of its own, with every setting but addresses left at its default."""
+    """`kvscope serve` in a process of its own, with every setting but addresses left at its default.
 
-    def __init__(self, servers: Mapping[str, str], log: Path) -> None:
+    Settings of whoever runs this (KVSCOPE_* and the file in the home directory) do not reach it.
+    """
+
+    def __init__(self, servers: Mapping[str, str], log: Path, *flags: str) -> None:
         self.port = free_port()
         self._log = log
         self._command = [sys.executable, "-m", "kvscope", "serve", "--listen", f"127.0.0.1:{self.port}"]
         for name, url in servers.items():
             self._command += ["--server", f"{name}={url}"]
+        self._command += flags
+        self._environment = {
+            key: value for key, value in os.environ.items() if not key.startswith("KVSCOPE_")
+        }
+        self._environment["XDG_CONFIG_HOME"] = str(log.parent)
         self._process: subprocess.Popen[bytes] | None = None
         self._http: aiohttp.ClientSession | None = None
         self.text = ""
@@ -215,7 +224,7 @@ class Exporter:
         with self._log.open("wb") as log:
             # Ctrl-C is for the driver, which then ends it.
             self._process = subprocess.Popen(  # noqa: ASYNC220 - it starts at once
-                self._command, stdout=log, stderr=log, start_new_session=True
+                self._command, stdout=log, stderr=log, env=self._environment, start_new_session=True
             )
         self._http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=ANSWER_SECONDS))
 
