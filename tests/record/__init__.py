@@ -1,0 +1,1 @@
+"""Records what real servers answer; `python -m tests.record`."""

@@ -1,0 +1,1 @@
+"""Recordings of real servers, played back to the whole exporter."""
