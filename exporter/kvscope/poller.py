@@ -39,12 +39,13 @@ FAILURES_UNTIL_BROKEN = 2
 MOST_NOTES = 20
 SHORTEST_SLEEP_SECONDS = 1.0
 """A slot that worked less than this ago cannot be asleep: the least that --sleep-idle-seconds takes."""
-CALM_SECONDS = 60.0
-"""A source that fails now and then is told of once, not each time; this long without, and it is well."""
+CALM_SECONDS = 120.0
+"""A problem that comes now and then is told once, not each time; after so long without, it is news."""
 COUNTER_READINGS_A_LOOK = 2
 """A second one only when a request ended between the two looks around the first."""
 
 _WELL = frozenset({ServerState.READY, ServerState.LOADING, ServerState.SLEEPING})
+_EXPLAINS_EVERY_PROBLEM = frozenset({ServerState.LOADING, ServerState.UNAUTHORIZED})
 _WORTH_BACKING_OFF = frozenset(
     {ServerState.UNREACHABLE, ServerState.UNAUTHORIZED, ServerState.NOT_LLAMA_SERVER}
 )
@@ -152,8 +153,10 @@ class Poller:
     async def _look_at_slots(self, props: ServerProps | None, *, moved: bool = False) -> None:
         slots, state = await self._slots()
         if slots is None:
-            due = state is ServerState.SLOTS_DISABLED and self._counters_due()
-            self._advance(state, props=props, counters=await self._counters(props, due))
+            # The server works all the same: what it counts is not lost with its slots.
+            due = state in (ServerState.SLOTS_DISABLED, ServerState.READY) and self._counters_due()
+            counters = await self._counters(props, due)
+            self._advance(state, props=props, counters=counters, consistent=False)
             return
         new = not self._history.tracks or looks_restarted(self._history, slots)
         if not new:
@@ -338,8 +341,7 @@ class Poller:
         except NotReadableError as error:
             self._words.tell_once(
                 logging.INFO,
-                f"its process cannot be read: {error}. Its start time and its flags stay unknown; "
-                "--sleep-idle tells whether it may sleep",
+                f"its process cannot be read: {error}. Its start time and its flags stay unknown",
             )
 
     # --- out ------------------------------------------------------------------------------------------
@@ -425,8 +427,7 @@ class _Words:
         self._server = server
         self._monotonic = monotonic
         self._told: set[str] = set()
-        self._problems: dict[Source, set[str]] = {}
-        self._well_since: dict[Source, float] = {}
+        self._problems: dict[str, float] = {}
         self._news: list[str] = []
 
     def tell_look(self, before: History | None, after: History) -> None:
@@ -437,8 +438,9 @@ class _Words:
             else:
                 self._say(logging.WARNING, f"is {after.state.value}: {after.problem or 'no reason given'}")
                 self._news = [problem for problem in self._news if problem != after.problem]
-        for problem in self._news:
-            self._say(logging.WARNING, problem)
+        if after.state not in _EXPLAINS_EVERY_PROBLEM:
+            for problem in self._news:
+                self._say(logging.WARNING, problem)
         self._news = []
         if before is not None and after.restarts > before.restarts:
             self._say(logging.INFO, "was restarted; its slots are empty")
@@ -446,20 +448,11 @@ class _Words:
     def note_answers(self, answers: Iterable[SourceAnswer]) -> None:
         """Keep what is new in them for the end of the look."""
         now = self._monotonic()
-        for answer in answers:
-            source = answer.source
-            if answer.problem is None:
-                if (
-                    source in self._problems
-                    and now - self._well_since.setdefault(source, now) >= CALM_SECONDS
-                ):
-                    del self._problems[source], self._well_since[source]
-                continue
-            self._well_since.pop(source, None)
-            told = self._problems.setdefault(source, set())
-            if answer.problem not in told:
-                told.add(answer.problem)
-                self._news.append(answer.problem)
+        for problem in (answer.problem for answer in answers if answer.problem):
+            seen = self._problems.get(problem)
+            if seen is None or now - seen >= CALM_SECONDS:
+                self._news.append(problem)
+            self._problems[problem] = now
 
     def tell_notes(self, notes: Iterable[str]) -> None:
         """Say what was odd in an answer that was understood; not without end."""

@@ -287,13 +287,13 @@ class _Fields:
 class LlamaServer:
     """One llama-server, reached over HTTP; one request at a time.
 
-    Each method returns the parsed answer or raises AnswerError; `answers` collects how each
-    request went until `take_answers` empties it, `notes` what was odd in an answer.
+    Each method returns the parsed answer or raises AnswerError; how each request went is kept until
+    `take_answers`. deadline_seconds: of each request. notes: what was odd in the last answer.
     """
 
     def __init__(self, settings: ServerSettings, deadline_seconds: float = DEADLINE_SECONDS) -> None:
         self._settings = settings
-        self._deadline = deadline_seconds
+        self.deadline_seconds = deadline_seconds
         self._base = settings.url.rstrip("/")
         self._session: aiohttp.ClientSession | None = None
         self._answers: list[SourceAnswer] = []
@@ -352,7 +352,7 @@ class LlamaServer:
 
     async def _get(self, path: str) -> Answer:
         try:
-            async with asyncio.timeout(self._deadline):
+            async with asyncio.timeout(self.deadline_seconds):
                 session = self._session or self._open()
                 async with session.get(self._base + path, allow_redirects=False) as response:
                     if response.status != 200:
@@ -363,10 +363,12 @@ class LlamaServer:
                     return Answer(body, response.headers.get("Process-Start-Time-Unix"))
         except aiohttp.ConnectionTimeoutError:
             raise AnswerError(
-                Failure.UNREACHABLE, f"cannot connect: no answer within {self._deadline / 2:g} s"
+                Failure.UNREACHABLE, f"cannot connect: no answer within {self.deadline_seconds / 2:g} s"
             ) from None
         except TimeoutError:
-            raise AnswerError(Failure.LATE, f"{path} did not answer within {self._deadline:g} s") from None
+            raise AnswerError(
+                Failure.LATE, f"{path} did not answer within {self.deadline_seconds:g} s"
+            ) from None
         except aiohttp.ClientConnectorCertificateError:
             raise AnswerError(
                 Failure.UNREACHABLE, "its TLS certificate does not verify; name its CA with --ca-file"
@@ -405,7 +407,7 @@ class LlamaServer:
         if settings.unix_socket:
             connector = aiohttp.UnixConnector(settings.unix_socket, limit=1, force_close=force_close)
         else:
-            context = ssl.create_default_context(cafile=settings.ca_file) if url.scheme == "https" else True
+            context = _tls(settings.ca_file) if url.scheme == "https" else True
             connector = aiohttp.TCPConnector(limit=1, force_close=force_close, ssl=context)
         proxy = None if settings.unix_socket else _proxy(url)
         self._session = aiohttp.ClientSession(
@@ -413,13 +415,22 @@ class LlamaServer:
             headers=headers,
             auto_decompress=False,
             # A connection that is not even taken is no late answer: that machine is away.
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._deadline / 2),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=self.deadline_seconds / 2),
             proxy=proxy.with_user(None) if proxy else None,
             proxy_auth=aiohttp.BasicAuth(proxy.user, proxy.password or "") if proxy and proxy.user else None,
             cookie_jar=aiohttp.DummyCookieJar(),
             raise_for_status=False,
         )
         return self._session
+
+
+def _tls(ca_file: str | None) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=ca_file)
+    except OSError:
+        raise AnswerError(
+            Failure.UNREACHABLE, "its CA file cannot be read; name one in PEM format with --ca-file"
+        ) from None
 
 
 def _proxy(url: SplitResult) -> URL | None:
