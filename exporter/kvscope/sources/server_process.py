@@ -54,7 +54,8 @@ def find_server_process(settings: ServerSettings) -> ServerProcess:
 def is_alive(process: ServerProcess) -> bool:
     """Return whether this very process still runs (its pid was not given to another)."""
     try:
-        return abs(psutil.Process(process.pid).create_time() - process.started_at) < 0.01
+        found = psutil.Process(process.pid)
+        return abs(found.create_time() - process.started_at) < 0.01 and found.status() != psutil.STATUS_ZOMBIE
     except (psutil.Error, OSError):
         return False
 

@@ -1,0 +1,237 @@
+"""Which process listens on a server's port, and what its flags and environment decide."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+
+from kvscope.observed.server import ServerProcess
+from kvscope.settings import ServerSettings
+from kvscope.sources import server_process
+from kvscope.sources.server_process import (
+    NotReadableError,
+    find_server_process,
+    is_alive,
+    is_llama_server,
+    kv_unified,
+    sleep_idle_seconds,
+)
+
+LISTEN = """
+import socket, sys
+listening = socket.create_server(("127.0.0.1", 0))
+print(listening.getsockname()[1], flush=True)
+sys.stdin.read()
+"""
+
+Start = Callable[..., tuple[int, int]]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts a program that listens, by name and flags: start("llama-server", "-np", "2") -> pid, port."""
+    processes: list[subprocess.Popen[str]] = []
+
+    def start_one(name: str, *flags: str, **environment: str) -> tuple[int, int]:
+        program = tmp_path / name
+        program.write_text(LISTEN)
+        process = subprocess.Popen(
+            [sys.executable, str(program), *flags],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **environment},
+        )
+        processes.append(process)
+        assert process.stdout
+        return process.pid, int(process.stdout.readline())
+
+    yield start_one
+    for process in processes:
+        process.communicate("")
+
+
+def at(port: int, host: str = "127.0.0.1") -> ServerSettings:
+    return ServerSettings("main", f"http://{host}:{port}")
+
+
+# --- the process ------------------------------------------------------------------------------------
+
+
+def test_the_process_that_listens_is_found_with_its_start_and_flags(start: Start) -> None:
+    pid, port = start("llama-server", "--sleep-idle-seconds", "7", "-np", "2")
+    found = find_server_process(at(port))
+    assert found == ServerProcess(pid, psutil.Process(pid).create_time(), 7.0, kv_unified=False)
+    assert is_alive(found)
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])
+def test_its_environment_counts_like_its_flags(start: Start, host: str) -> None:
+    _, port = start("llama-server", LLAMA_ARG_N_PARALLEL="2", LLAMA_ARG_KV_UNIFIED="on")
+    assert find_server_process(at(port, host)).kv_unified is True
+
+
+def test_a_process_that_ended_is_not_alive_although_nobody_has_buried_it_yet(start: Start) -> None:
+    pid, port = start("llama-server")
+    found = find_server_process(at(port))
+    psutil.Process(pid).kill()
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # it has ended, and stays a zombie
+    assert not is_alive(found)
+
+
+def test_a_process_that_only_has_the_same_pid_is_another_one(start: Start) -> None:
+    _, port = start("llama-server")
+    found = find_server_process(at(port))
+    assert not is_alive(ServerProcess(found.pid, found.started_at - 60))
+    assert not is_alive(ServerProcess(2**31 - 1, found.started_at))
+
+
+def test_another_program_on_the_port_is_named_and_not_read(start: Start) -> None:
+    _, port = start("llama-swap", "--sleep-idle-seconds", "7")
+    with pytest.raises(NotReadableError, match="is no llama-server"):
+        find_server_process(at(port))
+
+
+def test_a_listening_socket_of_this_very_process_is_found_to_be_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_process, "is_llama_server", lambda _: True)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        assert find_server_process(at(listening.getsockname()[1])).pid == os.getpid()
+
+
+def test_of_two_programs_on_one_port_number_the_one_on_the_servers_address_is_read() -> None:
+    listening = [
+        _connection("0.0.0.0", 8080, 1),
+        _connection("127.0.0.1", 8080, os.getpid()),
+        _connection("127.0.0.2", 8080, 2),
+    ]
+    assert _pid_read(listening, at(8080)) == os.getpid()
+    assert _pid_read(listening[:1], at(8080)) == 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ServerSettings("main", "http://192.0.2.1:8080"),
+        ServerSettings("main", "http://nowhere.invalid:8080"),
+        ServerSettings("main", "http://a..b:8080"),
+        ServerSettings("main", "http://localhost", unix_socket="/run/llama.sock"),
+    ],
+    ids=["another machine", "a name that does not resolve", "no name at all", "a unix socket"],
+)
+def test_what_is_not_behind_a_port_of_this_machine_has_no_process(settings: ServerSettings) -> None:
+    with pytest.raises(NotReadableError, match="not reached over a port of this machine"):
+        find_server_process(settings)
+
+
+def test_a_port_that_nobody_listens_on_has_no_process() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        with pytest.raises(NotReadableError, match="no process of this machine"):
+            find_server_process(at(unused.getsockname()[1]))
+
+
+def test_a_process_of_another_user_or_container_is_told_as_such() -> None:
+    with pytest.raises(NotReadableError, match="another user"):
+        _pid_read([_connection("127.0.0.1", 8080, None)], at(8080))
+
+
+@pytest.mark.parametrize("error", [psutil.AccessDenied(), PermissionError(1, "no"), psutil.NoSuchProcess(1)])
+@pytest.mark.parametrize("call", ["net_connections", "Process"])
+def test_a_system_that_lets_nobody_look_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, call: str
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        monkeypatch.setattr(psutil, call, refuse)
+        with pytest.raises(NotReadableError) as refused:
+            find_server_process(at(listening.getsockname()[1]))
+    assert "\n" not in str(refused.value)
+
+
+def _connection(host: str, port: int, pid: int | None) -> Any:
+    return SimpleNamespace(status=psutil.CONN_LISTEN, laddr=SimpleNamespace(ip=host, port=port), pid=pid)
+
+
+def _pid_read(connections: list[Any], settings: ServerSettings) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(psutil, "net_connections", lambda kind: connections)
+        patch.setattr(server_process, "_read", lambda pid: ServerProcess(pid, 0.0))
+        return find_server_process(settings).pid
+
+
+# --- the command line -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command_line", "expected"),
+    [
+        (["/opt/llama.cpp/build/bin/llama-server", "-m", "x.gguf"], True),
+        ([r"llama-server.exe"], True),
+        (["python3", "-m", "kvscope.demo.llama_server", "-m", "x"], True),
+        (["/bin/sh", "/usr/local/bin/llama-server", "--metrics"], True),
+        (["./model.llamafile", "--server"], True),
+        (["/usr/bin/docker-proxy", "-proto", "tcp"], False),
+        (["ollama", "serve"], False),
+        (["/usr/local/bin/llama-swap", "--config", "x"], False),
+        (["nginx: master process"], False),
+        ([], False),
+    ],
+)
+def test_a_llama_server_is_known_by_the_name_of_its_program(command_line: list[str], expected: bool) -> None:
+    assert is_llama_server(command_line) is expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "expected"),
+    [
+        ([], {}, None),
+        (["--sleep-idle-seconds", "300"], {}, 300.0),
+        (["--sleep-idle-seconds=300"], {}, 300.0),
+        (["--sleep-idle-seconds", "-1"], {}, None),
+        (["--sleep-idle-seconds", "4", "--sleep-idle-seconds", "9"], {}, 9.0),
+        (["--sleep-idle-seconds"], {}, None),
+        (["--sleep-idle-seconds", "soon"], {}, None),
+        ([], {"LLAMA_ARG_SLEEP_IDLE_SECONDS": "60"}, 60.0),
+        (["--sleep-idle-seconds", "4"], {"LLAMA_ARG_SLEEP_IDLE_SECONDS": "60"}, 4.0),
+    ],
+)
+def test_whether_it_sleeps_is_in_its_flags_or_environment(
+    flags: list[str], environment: dict[str, str], expected: float | None
+) -> None:
+    assert sleep_idle_seconds(["llama-server", *flags], environment) == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "expected"),
+    [
+        ([], {}, True),
+        (["-np", "-1"], {}, True),
+        (["-np", "4"], {}, False),
+        (["--parallel=4"], {}, False),
+        (["--parallel", "4", "--kv-unified"], {}, True),
+        (["-np", "4", "-kvu"], {}, True),
+        (["-no-kvu"], {}, False),
+        (["--no-kv-unified"], {}, False),
+        (["-np", "four"], {}, None),
+        ([], {"LLAMA_ARG_N_PARALLEL": "4"}, False),
+        (["-np", "4"], {"LLAMA_ARG_KV_UNIFIED": "1"}, True),
+        ([], {"LLAMA_ARG_KV_UNIFIED": "off"}, False),
+        ([], {"LLAMA_ARG_NO_KV_UNIFIED": "1"}, False),
+        (["-kvu"], {"LLAMA_ARG_KV_UNIFIED": "0"}, True),
+    ],
+)
+def test_whether_slots_share_a_pool_is_decided_as_llama_server_does(
+    flags: list[str], environment: dict[str, str], expected: bool | None
+) -> None:
+    assert kv_unified(["llama-server", *flags], environment) is expected
