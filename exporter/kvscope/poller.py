@@ -25,7 +25,7 @@ from kvscope.settings import ServerSettings, Settings
 from kvscope.snapshot import ServerBox
 from kvscope.sources.llama_server import AnswerError, Failure, LlamaServer
 from kvscope.sources.server_process import NotReadableError, find_server_process, is_alive
-from kvscope.tracking.history import History, advance, counters_moved, looks_restarted
+from kvscope.tracking.history import History, advance, counters_moved, looks_restarted, of_another_process
 from kvscope.tracking.publish import box, expires_at
 
 log = logging.getLogger(__name__)
@@ -49,6 +49,8 @@ _EXPLAINS_EVERY_PROBLEM = frozenset({ServerState.LOADING, ServerState.UNAUTHORIZ
 _WORTH_BACKING_OFF = frozenset(
     {ServerState.UNREACHABLE, ServerState.UNAUTHORIZED, ServerState.NOT_LLAMA_SERVER}
 )
+
+_MAY_HAVE_BEEN_REPLACED = frozenset({ServerState.UNREACHABLE, ServerState.LOADING})
 
 
 class Poller:
@@ -142,7 +144,8 @@ class Poller:
         elif self._metrics_readable(props):
             counters = await self._counters(props)
             if counters is not None and counters_moved(self._history, counters):
-                await self._look_at_slots(props, moved=True)
+                replaced = of_another_process(self._history, counters)
+                await self._look_at_slots(props, moved=True, replaced=replaced)
             else:
                 self._advance(ServerState.READY, props=props, counters=counters, quiet=counters is not None)
         elif slept:
@@ -150,7 +153,9 @@ class Poller:
         else:
             self._advance(ServerState.READY, props=props)
 
-    async def _look_at_slots(self, props: ServerProps | None, *, moved: bool = False) -> None:
+    async def _look_at_slots(
+        self, props: ServerProps | None, *, moved: bool = False, replaced: bool = False
+    ) -> None:
         slots, state = await self._slots()
         if slots is None:
             # The server works all the same: what it counts is not lost with its slots.
@@ -158,7 +163,8 @@ class Poller:
             counters = await self._counters(props, due)
             self._advance(state, props=props, counters=counters, consistent=False)
             return
-        new = not self._history.tracks or looks_restarted(self._history, slots)
+        replaced = replaced or self._history.state in _MAY_HAVE_BEEN_REPLACED
+        new = not self._history.tracks or replaced or looks_restarted(self._history, slots)
         if not new:
             self._advance(ServerState.READY, slots, props=props)
             props = None

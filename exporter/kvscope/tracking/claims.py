@@ -65,6 +65,8 @@ class Claim:
             return max(0, self.computed + self.reused - self.credited.computed - self.credited.reused)
         if not self.at_end or self.held is None:
             return None
+        if self.held == 0:
+            return 0  # cleared after its end, or rejected: what it was owed cannot be told
         return max(0, self.held + 1 - self.credited.total)
 
     @property
@@ -91,6 +93,17 @@ class Claim:
             and self.held == self.credited.total - 1
             and (not self.begun or self.credited.reused == self.reused)
         )
+
+    @property
+    def shifted_out(self) -> int:
+        """Tokens that context shifts dropped while it generated, once it is settled; else 0.
+
+        Where all that was counted is this request's own, what the slot does not hold was dropped.
+        """
+        own = (self.credited.computed, self.credited.reused) == (self.computed, self.reused)
+        if not (self.begun and self.alone and self.whole and self.at_end and self.held and own):
+            return 0
+        return max(0, self.credited.total - 1 - self.held)
 
 
 Claims = Mapping[int, tuple[Claim, ...]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from kvscope.observed.server import Phase, ServerCounters
@@ -21,25 +21,54 @@ def no_counts(model: str | None, at: float) -> ModelCounts:
     return ModelCounts(model=model, created_at=at, slots={}, requests={}, observations={}, evictions={})
 
 
-def with_zeros(counts: ModelCounts, slot_ids: Iterable[int], counters_known: bool) -> ModelCounts:
-    """Return the counts with a 0 for everything that these sources can count.
+@dataclass(frozen=True, slots=True)
+class Countable:
+    """What the sources at hand can count.
 
-    slot_ids: the slots that /slots shows; without any, nothing is known of requests. Only with the
-    server's counters besides can a request be known exactly.
+    counters: the last ones of /metrics. slots_tell_tokens: False on older builds, whose /slots says
+    of a slot only that it works; None while no slot worked yet.
     """
-    slots = {**dict.fromkeys(slot_ids, _NO_SLOT_COUNTS), **counts.slots}
-    if not slots:
-        return counts
-    precisions = ("exact", "apportioned") if counters_known else ("apportioned",)
+
+    counters: ServerCounters | None
+    slots_tell_tokens: bool | None
+
+    @property
+    def prompt_sources(self) -> tuple[str, ...]:
+        """Sources of prompt tokens that can be told apart."""
+        tells = self.slots_tell_tokens is not False
+        reused = tells or (self.counters is not None and self.counters.reused_tokens is not None)
+        computed = tells or self.counters is not None
+        return ("computed",) * computed + ("unknown",) * reused
+
+
+def with_zeros(counts: ModelCounts, slot_ids: Iterable[int], countable: Countable) -> ModelCounts:
+    """Return the counts with a 0 for everything that the sources can count, nothing for the rest.
+
+    Without slots nothing is known of requests; only with the server's counters besides can a
+    request be known exactly; what slots lost is known only where they tell what they hold.
+    """
+    slot_counts = {slot_id: counts.slots.get(slot_id, _NO_SLOT_COUNTS) for slot_id in slot_ids}
+    losses_told = countable.slots_tell_tokens is not False
+    slots = {
+        slot_id: replace(
+            of_slot,
+            prompt_tokens={
+                source: of_slot.prompt_tokens.get(source, 0) for source in countable.prompt_sources
+            },
+            evictions=of_slot.evictions if losses_told else {},
+        )
+        for slot_id, of_slot in slot_counts.items()
+    }
+    precisions = ("exact", "apportioned") if countable.counters is not None else ("apportioned",)
     histogram = counts.request_prefill_seconds
-    if histogram is None and counters_known:
+    if histogram is None and countable.counters is not None:
         histogram = HistogramCounts(PREFILL_SECONDS_BOUNDS, (0,) * (len(PREFILL_SECONDS_BOUNDS) + 1))
     return replace(
         counts,
-        slots=slots,
+        slots={**counts.slots, **slots},
         requests={"unknown": 0, **counts.requests},
         observations={**dict.fromkeys(precisions, 0), **counts.observations},
-        evictions={**_NO_EVICTIONS, **counts.evictions},
+        evictions={**_NO_EVICTIONS, **counts.evictions} if losses_told else {},
         request_prefill_seconds=histogram,
     )
 
@@ -93,11 +122,12 @@ def with_settlement(counts: ModelCounts, settlement: Settlement) -> ModelCounts:
     slots = dict(counts.slots)
     for slot_id, gained in settlement.credits.items():
         of_slot = slots.get(slot_id, _NO_SLOT_COUNTS)
-        prompt = _added(of_slot.prompt_tokens, "computed", gained.computed)
+        prompt = of_slot.prompt_tokens
+        for source, amount in (("computed", gained.computed), ("unknown", gained.reused)):
+            if amount:
+                prompt = _added(prompt, source, amount)
         slots[slot_id] = replace(
-            of_slot,
-            prompt_tokens=_added(prompt, "unknown", gained.reused),
-            generated_tokens=of_slot.generated_tokens + gained.generated,
+            of_slot, prompt_tokens=prompt, generated_tokens=of_slot.generated_tokens + gained.generated
         )
     unattributed = counts.unattributed_tokens
     if unattributed is not None:

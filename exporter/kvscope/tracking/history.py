@@ -39,7 +39,8 @@ class History:
     """Everything that is known of one server.
 
     *_seen: monotonic seconds of the last good reading. gap: a look failed since the slots were last
-    seen. counts: by model; those of models that left stay.
+    seen. slots_tell_tokens: None until a slot worked; older builds show only that it works.
+    counts: by model; those of models that left stay.
     """
 
     name: str
@@ -54,6 +55,7 @@ class History:
     tracks: Mapping[int, SlotTrack] = field(default_factory=dict)
     slots_seen: float | None = None
     gap: bool = False
+    slots_tell_tokens: bool | None = None
     counters: ServerCounters | None = None
     counters_seen: float | None = None
     claims: Claims = field(default_factory=dict)
@@ -114,6 +116,11 @@ def counters_moved(history: History, counters: ServerCounters) -> bool:
     )
 
 
+def of_another_process(history: History, counters: ServerCounters) -> bool:
+    """Return whether counters come from another process than the last ones."""
+    return history.counters is not None and restarted(history.counters, counters)
+
+
 def advance(history: History, look: ServerLook) -> History:
     """Return the history after one look. Pure: the clock is in the look."""
     elapsed = None if history.slots_seen is None else look.monotonic - history.slots_seen
@@ -132,9 +139,8 @@ def advance(history: History, look: ServerLook) -> History:
         history = _with_phase_seconds(history, elapsed)
         history = replace(history, slots_seen=look.monotonic, gap=False)
     if history.tracks:
-        counters_known = look.counters is not None or history.counters is not None
-        zeros = counting.with_zeros(_counts(history), history.tracks, counters_known)
-        history = _with_counts(history, zeros)
+        countable = counting.Countable(look.counters or history.counters, history.slots_tell_tokens)
+        history = _with_counts(history, counting.with_zeros(_counts(history), history.tracks, countable))
     if look.counters is not None:
         history = _with_counters(history, look, look.counters, first)
     elif history.metrics_available is False and history.awaits_counters:
@@ -223,6 +229,7 @@ def _with_slots(
         slots_seen=look.monotonic,
         gap=False,
         kv_unified=_kv_unified(history, slots),
+        slots_tell_tokens=_slots_tell_tokens(history, slots),
     )
 
 
@@ -296,6 +303,11 @@ def _kv_unified(history: History, slots: Iterable[SlotSeen]) -> bool | None:
     if limits and sum(slot.held_tokens or 0 for slot in slots) > max(limits):
         return False  # more than one pool of that size could hold
     return history.kv_unified
+
+
+def _slots_tell_tokens(history: History, slots: Iterable[SlotSeen]) -> bool | None:
+    worked = [slot for slot in slots if slot.task is not None or slot.processing]
+    return any(slot.held_tokens is not None for slot in worked) if worked else history.slots_tell_tokens
 
 
 def _with_phase_seconds(
@@ -378,9 +390,8 @@ def _settled(history: History, settlement: Settlement) -> History:
     for done in settlement.finished:
         if done.slot not in tracks:
             continue
-        track, loss = decide_ended(tracks[done.slot], done.claim, done.exact)
-        if loss is not None:
-            losses.append(loss)
+        track, lost = decide_ended(tracks[done.slot], done.claim, done.exact)
+        losses += lost
         credited = done.claim.credited
         tracks[done.slot] = replace(
             track,

@@ -58,7 +58,8 @@ class SlotTrack:
 
     held_before: tokens it held when the task under way began, until it is known what became of
     them. taken_by_lru: whether that task may have got the slot as the least recently used one
-    (None: the order is not known). release: order of the last release seen, the same for two in
+    (None: the order is not known). shifted: tokens that were seen to leave by context shifts during
+    the last task. release: order of the last release seen, the same for two in
     one look.
     """
 
@@ -68,6 +69,7 @@ class SlotTrack:
     release: int | None = None
     held_before: int | None = None
     taken_by_lru: bool | None = None
+    shifted: int = 0
     last_prefill_seconds: float | None = None
     last_prompt_tokens: Mapping[str, int] | None = None
 
@@ -117,11 +119,14 @@ def advance_slot(
             track,
             held_before=held if held else None,
             taken_by_lru=None if rank is None else rank <= surroundings.tasks_begun,
+            shifted=0,
         )
     elif held and now.held_tokens is not None and now.held_tokens < held:
         loss = _shrunk(before, now, surroundings)
         if loss is not None:
             losses.append(loss)
+            if loss.reason is Reason.CONTEXT_SHIFT:
+                track = replace(track, shifted=track.shifted + loss.tokens)
     if track.held_before is not None and has_begun(now, track.held_before):
         loss = taken(track, now.reused_tokens or 0)
         if loss is not None:
@@ -161,21 +166,26 @@ def taken(track: SlotTrack, reused: int) -> Loss | None:
     return Loss(track.seen.id, reason, lost)
 
 
-def decide_ended(track: SlotTrack, claim: Claim, exact: bool) -> tuple[SlotTrack, Loss | None]:
-    """Decide what a task that was never seen at work made its slot lose, once it is settled.
+def decide_ended(track: SlotTrack, claim: Claim, exact: bool) -> tuple[SlotTrack, tuple[Loss, ...]]:
+    """Decide what a task made its slot lose that only its settlement tells.
 
-    Exactly known requests are judged by what they reused; of others only what is certainly gone
-    counts: the slot holds less than before.
+    Context shifts that fell between two looks; and what a task that was never seen at work took
+    from the slot: an exactly known one is judged by what it reused, of others only what is
+    certainly gone counts, the slot holds less than before.
     """
-    if track.held_before is None or track.seen.processing or track.seen.task != claim.task:
-        return track, None
-    loss: Loss | None
-    if exact:
-        loss = taken(track, claim.credited.reused)
-    else:
+    if track.seen.processing or track.seen.task != claim.task:
+        return track, ()
+    losses: list[Loss | None] = []
+    unseen = claim.shifted_out - track.shifted
+    if unseen > 0:
+        losses.append(Loss(track.seen.id, Reason.CONTEXT_SHIFT, unseen))
+    if track.held_before is not None:
         lost = track.held_before - (track.seen.held_tokens or 0)
-        loss = Loss(track.seen.id, Reason.UNKNOWN, lost) if lost > 1 else None
-    return replace(track, held_before=None), loss
+        if exact:
+            losses.append(taken(track, claim.credited.reused))
+        elif lost > 1:
+            losses.append(Loss(track.seen.id, Reason.UNKNOWN, lost))
+    return replace(track, held_before=None), tuple(loss for loss in losses if loss is not None)
 
 
 def _shrunk(before: SlotSeen, now: SlotSeen, surroundings: Surroundings) -> Loss | None:
