@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,3 +45,14 @@ def fail(report: Any, name: str) -> None:
     reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
     report.outcome = "failed"
     report.longrepr = f"{name} was skipped, which is a failure in CI: {reason.removeprefix('Skipped: ')}"
+
+
+@pytest.fixture(autouse=True)
+def log_handlers_as_before() -> Iterator[None]:
+    """A test that starts kvscope's logging leaves no handler on a stream that is closed after it."""
+    loggers = (logging.getLogger(), logging.getLogger("kvscope"))
+    before = [(logger, list(logger.handlers), logger.level) for logger in loggers]
+    yield
+    for logger, handlers, level in before:
+        logger.handlers[:] = handlers
+        logger.setLevel(level)

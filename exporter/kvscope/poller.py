@@ -68,6 +68,7 @@ class Poller:
         *,
         client: LlamaServer | None = None,
         find_process: Callable[[ServerSettings], ServerProcess] = find_server_process,
+        process_lives: Callable[[ServerProcess], bool] = is_alive,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -76,6 +77,7 @@ class Poller:
         self._publish = publish
         self._client = client or LlamaServer(server)
         self._find_process = find_process
+        self._process_lives = process_lives
         self._clock = clock
         self._monotonic = monotonic
         self._history = History(server.name)
@@ -83,6 +85,7 @@ class Poller:
         self._restart_seen = False
         self._process: ServerProcess | None = None
         self._process_looked_at: float | None = None
+        self._answers: list[SourceAnswer] = []
         self._metrics_offered: bool | None = None
         self._metrics_asked_at: float | None = None
         self._metrics_failures = 0
@@ -125,6 +128,7 @@ class Poller:
     # --- one look ---------------------------------------------------------------------------------
 
     async def _look(self) -> None:
+        self._check_process()
         props: ServerProps | None = None
         if self._props_due():
             try:
@@ -244,6 +248,7 @@ class Poller:
                 self._metrics_offered = False
             return None
         self._metrics_failures = 0
+        self._metrics_offered = True
         return counters
 
     async def _state_without_props(self, error: AnswerError) -> ServerState:
@@ -299,9 +304,11 @@ class Poller:
         return since is not None and self._monotonic() - since >= seconds
 
     def _metrics_usable(self, props: ServerProps | None) -> bool | None:
-        """Whether /metrics is offered: by the settings, by /props, or by its last answer."""
-        if not self._settings.server_metrics:
-            return False
+        """Whether /metrics may be asked: it is offered, and no setting turned it off."""
+        return self._metrics_available(props) if self._settings.server_metrics else False
+
+    def _metrics_available(self, props: ServerProps | None) -> bool | None:
+        """Whether the server offers /metrics, asked or not: by /props, else by its last answer."""
         props = props or self._history.props
         if props is not None and props.metrics_endpoint is not None:
             return props.metrics_endpoint
@@ -334,21 +341,33 @@ class Poller:
         return bool(self._history.tracks) and self._idle()
 
     async def _look_at_process(self) -> None:
-        if self._process is not None and not is_alive(self._process):
-            self._process = self._process_looked_at = None
         looked_at = self._process_looked_at
         if self._process is not None or (
             looked_at is not None and not self._passed(looked_at, PROCESS_EVERY_SECONDS)
         ):
             return
-        self._process_looked_at = self._monotonic()
+        started = self._process_looked_at = self._monotonic()
         try:
             self._process = await asyncio.to_thread(self._find_process, self._server)
         except NotReadableError as error:
+            # A server on another machine has no process here: that is no failure of a source.
             self._words.tell_once(
                 logging.INFO,
                 f"its process cannot be read: {error}. Its start time and its flags stay unknown",
             )
+        else:
+            self._answers.append(SourceAnswer(Source.PROCESS, self._monotonic() - started))
+
+    def _check_process(self) -> None:
+        """A process that is gone is looked for again; one that still runs was seen once more."""
+        if self._process is None:
+            return
+        started = self._monotonic()
+        alive = self._process_lives(self._process)
+        problem = None if alive else "its process ended"
+        self._answers.append(SourceAnswer(Source.PROCESS, self._monotonic() - started, problem))
+        if not alive:
+            self._process = self._process_looked_at = None
 
     # --- out ------------------------------------------------------------------------------------------
 
@@ -362,7 +381,8 @@ class Poller:
         consistent: bool = True,
         quiet: bool = False,
     ) -> None:
-        answers = self._client.take_answers()
+        answers = (*self._answers, *self._client.take_answers())
+        self._answers = []
         self._words.note_answers(answers)
         self._history = advance(
             self._history,
@@ -377,7 +397,8 @@ class Poller:
                 props=props,
                 process=self._process,
                 process_readable=self._process is not None,
-                metrics_available=True if counters is not None else self._metrics_usable(props),
+                metrics_available=self._metrics_available(props),
+                counters_readable=True if counters is not None else self._metrics_usable(props),
                 answers=answers,
                 intervals=self._intervals(props),
             ),
@@ -415,13 +436,13 @@ class Poller:
         if may_sleep:
             self._words.tell_once(
                 logging.WARNING,
-                "may sleep and has no /metrics: /slots is left alone once it is idle, so requests are seen "
-                "only after it slept. Start it with --metrics to see them all",
+                "may sleep and no /metrics is read: /slots is left alone once it is idle, so requests are "
+                "seen only after it slept. Start it with --metrics to see them all",
             )
         elif may_sleep is None:
             self._words.tell_once(
                 logging.INFO,
-                "whether it may sleep is not known, and it has no /metrics: /slots is looked at as usual. "
+                "whether it may sleep is not known, and no /metrics is read: /slots is looked at as usual. "
                 "If it was started with --sleep-idle-seconds, say so with --sleep-idle, or it stays awake",
             )
 

@@ -157,6 +157,7 @@ async def replay(recording: Recording, after_lines: Collection[int] = ()) -> Rep
             board.publish,
             client=client,
             find_process=recorded.find_process,
+            process_lives=lambda _: True,
             clock=clock.time,
             monotonic=clock.monotonic,
         )

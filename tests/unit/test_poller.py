@@ -12,10 +12,11 @@ import pytest
 from fake_server import FakeServer, body, late, status
 from watching import PATIENT_SECONDS, Watched, process
 
-from kvscope.observed.server import Phase, ServerState
+from kvscope.observed.server import Phase, ServerProcess, ServerState
 from kvscope.settings import ServerSettings, Settings
 from kvscope.snapshot import Board, ServerBox
 from kvscope.sources.llama_server import LlamaServer
+from kvscope.sources.server_process import NotReadableError
 from kvscope.tracking import publish as published_readings
 
 Watch = Callable[..., Watched]
@@ -116,7 +117,8 @@ async def test_metrics_are_never_read_when_they_are_switched_off(server: FakeSer
         server.work(0, 50, 5)
         await watched.watch(40)
     assert server.asked["/metrics"] == 0
-    assert watched.box.metrics_available is False
+    assert watched.box.metrics_available, "what the server offers is said, asked or not"
+    assert watched.box.counts[0].prefill_seconds is None
 
 
 async def test_metrics_that_the_server_does_not_offer_are_not_asked_for(
@@ -628,3 +630,22 @@ async def test_a_source_that_fails_every_other_time_is_told_of_once(
     server.answers["/slots"] = body("<html>")
     await watched.look()
     assert len(lines(caplog, "HTML")) == 2, "after two minutes without it is news again"
+
+
+async def test_the_process_is_a_source_that_goes_down_with_it_and_is_none_where_it_cannot_be_seen(
+    server: FakeServer, watch: Watch
+) -> None:
+    unseen = await watch(server).look()
+    assert "process" not in unseen.sources
+    alive = [ServerProcess(7, 1000.0)]
+
+    def find(_: ServerSettings) -> ServerProcess:
+        if not alive:
+            raise NotReadableError("no process of this machine is seen listening there")
+        return alive[0]
+
+    watched = watch(server, find_process=find, process_lives=lambda process: process in alive)
+    assert (await watched.look()).sources["process"].up
+    alive.clear()
+    gone = (await watched.look()).sources["process"]
+    assert (gone.up, gone.failures) == (False, 1)

@@ -14,7 +14,7 @@ from kvscope.poller import Poller
 from kvscope.settings import ServerSettings, Settings
 from kvscope.snapshot import Board, ServerBox
 from kvscope.sources.llama_server import LlamaServer
-from kvscope.sources.server_process import NotReadableError
+from kvscope.sources.server_process import NotReadableError, is_alive
 
 PATIENT_SECONDS = 60.0
 """So that a slow machine is not mistaken for a slow server."""
@@ -52,6 +52,7 @@ class Watched:
         server: FakeServer | ServerSettings,
         *,
         find_process: Callable[[ServerSettings], ServerProcess] = no_process,
+        process_lives: Callable[[ServerProcess], bool] = is_alive,
         board: Board | None = None,
         clock: Clock | None = None,
         sleep_idle: str | float = "auto",
@@ -68,6 +69,7 @@ class Watched:
             self._publish,
             client=self.client,
             find_process=find_process,
+            process_lives=process_lives,
             clock=self.clock.time,
             monotonic=self.clock.monotonic,
         )

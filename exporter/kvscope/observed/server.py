@@ -133,7 +133,8 @@ class ServerLook:
     slots: None when /slots was not asked or gave nothing. quiet: /slots was left alone because
     /metrics and /props prove that nothing moved, so the last slots still hold.
     consistent: /slots was the same before and after /metrics was read, so the counters belong to
-    exactly these slots.
+    exactly these slots. metrics_available: the server offers /metrics; counters_readable: and we may
+    ask for it.
     """
 
     at: float
@@ -147,5 +148,6 @@ class ServerLook:
     process: ServerProcess | None = None
     process_readable: bool = False
     metrics_available: bool | None = None
+    counters_readable: bool | None = None
     answers: tuple[SourceAnswer, ...] = ()
     intervals: tuple[tuple[Source, float], ...] = ()

@@ -126,7 +126,7 @@ def advance(history: History, look: ServerLook) -> History:
     elapsed = None if history.slots_seen is None else look.monotonic - history.slots_seen
     history = _with_frame(history, look)
     history = _with_process(history, look)
-    if look.metrics_available is False and history.counters is not None:
+    if look.counters_readable is False and history.counters is not None:
         history = replace(history, counters=None, counters_seen=None)
     if _shows_restart(history, look):
         history = _restart(history, look.at)
@@ -143,7 +143,7 @@ def advance(history: History, look: ServerLook) -> History:
         history = _with_counts(history, counting.with_zeros(_counts(history), history.tracks, countable))
     if look.counters is not None:
         history = _with_counters(history, look, look.counters, first)
-    elif history.metrics_available is False and history.awaits_counters:
+    elif look.counters_readable is False and history.awaits_counters:
         history = _settled(history, settle_without_counters(history.claims))
     return history
 

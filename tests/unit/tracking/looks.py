@@ -87,7 +87,7 @@ class Watch:
                 counters=counters,
                 process=self.process,
                 process_readable=self.process is not None,
-                metrics_available=more.pop("metrics_available", True if counters else None),
+                counters_readable=more.pop("counters_readable", True if counters else None),
                 **more,
             ),
         )

@@ -254,8 +254,8 @@ class TestRestarts:
 
     def test_without_metrics_task_numbers_that_went_back_are_a_restart(self) -> None:
         watch = Watch()
-        watch.see(idle(0, 90, 315), metrics_available=False)
-        watch.see(idle(0, 2, 115), metrics_available=False)
+        watch.see(idle(0, 90, 315), counters_readable=False)
+        watch.see(idle(0, 2, 115), counters_readable=False)
         assert watch.history.restarts == 1
         assert watch.evictions == {"restart": (1, 315)}
 
@@ -442,7 +442,7 @@ class TestWhatCannotBeReadHasNoCounter:
 
     def test_without_metrics_no_request_can_be_exact(self) -> None:
         watch = Watch()
-        watch.see(never_used(0), metrics_available=False)
+        watch.see(never_used(0), counters_readable=False)
         assert watch.counts.requests == {"unknown": 0}
         assert watch.counts.observations == {"apportioned": 0}
         assert watch.counts.request_prefill_seconds is None
