@@ -129,15 +129,14 @@ class Server:
             raise DidNotHappen(f"/completion answered {status}: {str(reply)[:200]}")
         return [_answer(tuple(prompt), one) for one in (reply if isinstance(reply, list) else [reply])]
 
-    async def stream_and_leave(self, prompt: Sequence[int], generate: int, after_chunks: int) -> None:
-        """Read so many chunks of a stream, then close the connection."""
+    async def stream(self, prompt: Sequence[int], generate: int, chunks: int) -> None:
+        """Read so many chunks of a stream, then leave: the connection is closed."""
         assert self._http is not None
         body = _body(prompt, generate, stream=True)
         async with self._http.post(self.url + "/completion", json=body) as reply:
-            chunks = 0
             async for line in reply.content:
-                chunks += line.startswith(b"data:")
-                if chunks >= after_chunks:
+                chunks -= line.startswith(b"data:")
+                if chunks <= 0:
                     reply.close()
                     return
 
@@ -152,9 +151,13 @@ class Server:
         """Return the tokens held by slot, as /slots says; a slot that never worked holds 0."""
         return {slot["id"]: slot.get("n_prompt_tokens", 0) for slot in await self.slots()}
 
+    async def busy(self) -> bool:
+        """Return whether a slot works now."""
+        return any(slot["is_processing"] for slot in await self.slots())
+
     async def idle(self) -> bool:
         """Return whether no slot works now."""
-        return not any(slot["is_processing"] for slot in await self.slots())
+        return not await self.busy()
 
     async def asleep(self) -> bool:
         """Return /props' `is_sleeping`, which does not restart the timer."""

@@ -102,18 +102,24 @@ class Truth:
             )
 
     def replace(self, answer: Answer) -> None:
-        """Count what the answer's slot held and what does not begin the answer's content."""
+        """Count what the answer's slot held and what does not begin the answer's content.
+
+        Where more was reused than the slot could give, a prompt out of host RAM took the place of
+        all that it held.
+        """
         old = self.content.get(answer.slot, ())
         kept = common_prefix(old, answer.content)
-        if kept < len(old):
-            alike = common_prefix(old, answer.prompt)
-            similar = alike / max(len(answer.prompt), 1) > SIMILARITY
-            self.lose(
-                answer.slot,
-                len(old) - kept,
-                "diverged" if similar else "takeover",
-                from_host=answer.reused > alike,
-            )
+        if kept == len(old):
+            return
+        alike = common_prefix(old, answer.prompt)
+        similar = alike / max(len(answer.prompt), 1) > SIMILARITY
+        from_host = answer.reused > alike
+        self.lose(
+            answer.slot,
+            len(old) if from_host else len(old) - kept,
+            "diverged" if similar else "takeover",
+            from_host=from_host,
+        )
 
     def lose(self, slot: int, tokens: int, reason: str, *, from_host: bool = False) -> None:
         """Count tokens that left a slot; nothing held, nothing lost."""

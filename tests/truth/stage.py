@@ -104,12 +104,12 @@ class Stage:
     async def seen(self, shows: Judge | None = None) -> None:
         """Return when the exporter shows what is wanted (the truth's tokens), or had its chance."""
         wanted = shows or self.token_rows
-        await self._looked(lambda figures: not _missed(wanted(figures)))
+        await self.looked(lambda figures: not _missed(wanted(figures)))
 
     async def settle(self, judge: Judge) -> None:
         """Keep the rows of `judge` once the exporter had its chance, or after 35 s what is missed still."""
         began = time.monotonic()
-        await self._looked()
+        await self.looked()
         rows = judge(await self.exporter.figures())
         while _missed(rows) and time.monotonic() - began < SETTLE_SECONDS:
             await asyncio.sleep(0.5)
@@ -126,7 +126,7 @@ class Stage:
             kept = self.directory / f"{self.scenario}-{self.mode}.metrics"
             kept.write_text(self.exporter.text)
 
-    async def _looked(self, enough: Callable[[Figures], bool] = lambda _: False) -> None:
+    async def looked(self, enough: Callable[[Figures], bool] = lambda _: False) -> None:
         """Return when `enough` holds, after LOOKS looks begun after now, or after 12 s."""
         asked = time.time()
         deadline = time.monotonic() + LOOKS_SECONDS
