@@ -168,7 +168,7 @@ class Poller:
             self._advance(state, props=props, counters=counters, consistent=False)
             return
         replaced = replaced or self._history.state in _MAY_HAVE_BEEN_REPLACED
-        new = not self._history.tracks or replaced or looks_restarted(self._history, slots)
+        new = bool(slots) and (not self._history.tracks or replaced or looks_restarted(self._history, slots))
         if not new:
             self._advance(ServerState.READY, slots, props=props)
             props = None
@@ -197,9 +197,9 @@ class Poller:
             slots = after
             if consistent or not ended_between:
                 break
-        if counters is None and new and self._history.tracks and self._metrics_usable(props):
-            # Only the counters tell whether this is a new process. Without them the slots are
-            # believed at the next look.
+        if counters is None and new and self._history.tracks and self._metrics_readable(props):
+            # Only the counters tell whether this is a new process: ask once more before the slots
+            # are believed without them.
             self._advance(ServerState.READY, props=props)
             return
         self._advance(ServerState.READY, slots, props=props, counters=counters, consistent=consistent)
@@ -293,7 +293,9 @@ class Poller:
     def _counters_wanted(self, props: ServerProps | None, *, new: bool, moved: bool) -> bool:
         if self._metrics_usable(props) is False:
             return False
-        ended = new or moved or self._history.awaits_counters
+        if new and self._metrics_failures < FAILURES_UNTIL_BROKEN:
+            return True
+        ended = moved or self._history.awaits_counters
         return self._counters_due() or (ended and self._metrics_failures == 0)
 
     def _idle(self) -> bool:

@@ -121,6 +121,14 @@ async def test_metrics_are_never_read_when_they_are_switched_off(server: FakeSer
     assert watched.box.counts[0].prefill_seconds is None
 
 
+async def test_a_server_without_a_single_slot_is_not_asked_for_metrics_at_each_look(
+    server: FakeServer, watch: Watch
+) -> None:
+    server.slots = []
+    await watch(server, sleep_idle="off").watch(60)
+    assert server.asked["/metrics"] <= 2
+
+
 async def test_metrics_that_the_server_does_not_offer_are_not_asked_for(
     server: FakeServer, watch: Watch
 ) -> None:
@@ -354,6 +362,44 @@ async def test_a_restart_is_seen_at_once_and_its_work_counted_for_the_new_model(
     by_model = {counts.model: counts for counts in watched.box.counts}
     assert sum(slot.prompt_tokens["computed"] for slot in by_model["tiny"].slots.values()) == 0
     assert by_model["tiny"].unattributed_tokens == {"computed": 0, "reused": 0, "generated": 0}
+
+
+@pytest.mark.parametrize("sleep_idle", ["off", "auto"], ids=["seen away", "while slots were left alone"])
+async def test_a_process_that_was_replaced_and_did_more_than_the_old_one_is_told_from_it(
+    server: FakeServer, watch: Watch, sleep_idle: str
+) -> None:
+    server.work(0, 50, 5)
+    watched = watch(server, sleep_idle=sleep_idle)
+    await watched.look(2)
+    if sleep_idle == "off":
+        server.answers["/slots"] = status(502)
+        await watched.look()
+        server.answers = {}
+    server.restart()
+    for slot in (1, 0):
+        server.work(slot, 60, 5)
+    await watched.look()
+    assert watched.box.restarts == 1
+    evictions = watched.box.counts[0].evictions
+    lost = {reason: count.tokens for (_, reason, _), count in evictions.items() if count.tokens}
+    assert lost == {"restart": 54}
+    assert sum(slot.prompt_tokens["computed"] for slot in watched.box.counts[0].slots.values()) == 120
+
+
+async def test_metrics_that_fail_once_after_a_restart_make_nobody_guess_why_slots_are_empty(
+    server: FakeServer, watch: Watch
+) -> None:
+    server.work(0, 50, 5)
+    watched = watch(server, sleep_idle="off")
+    await watched.look(2)
+    server.restart()
+    server.answers["/metrics"] = status(500)
+    await watched.look()
+    del server.answers["/metrics"]
+    await watched.look()
+    assert watched.box.restarts == 1
+    evictions = watched.box.counts[0].evictions
+    assert {reason for (_, reason, _), count in evictions.items() if count.events} == {"restart"}
 
 
 async def test_a_restart_is_told_in_one_line(
