@@ -27,6 +27,7 @@ from kvscope.snapshot import ServerBox
 
 SERVER_NAME = "demo"
 ALIVE_EVERY_SECONDS = 0.25
+END_IS_TOLD_SECONDS = 2.0
 LAST_LOOK_SECONDS = 10.0
 
 # Shorter than the session's pauses, so that each of its requests is seen; kvscope serve takes 2 s.
@@ -131,10 +132,11 @@ async def _play(server: RunningServer, session: AgentSession, screen: Screen, tu
     others = [asyncio.create_task(_until_it_ends(server)), asyncio.create_task(screen.draw())]
     await asyncio.wait({exporter, playing, *others}, return_when=asyncio.FIRST_COMPLETED)
     if playing.done() and not playing.exception():
-        # The last request is seen to end at the exporter's next look.
-        await asyncio.wait(
-            {exporter, *others}, timeout=LAST_LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED
-        )
+        others.append(asyncio.create_task(_look_after_the_end(screen)))
+        await asyncio.wait({exporter, *others}, return_when=asyncio.FIRST_COMPLETED)
+    elif playing.done():
+        # A server that died is told by its connections a moment before the system tells of its end.
+        await asyncio.wait(others[:1], timeout=END_IS_TOLD_SECONDS)
     died = server.exit_code()
     stop.set()
     for task in (playing, *others):
