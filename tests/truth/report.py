@@ -40,7 +40,7 @@ def equal(name: str, ours: Figure, truth: Figure) -> Row:
 def within(name: str, ours: float | None, truth: float, share: float) -> Row:
     """Wanted: a number that is at most share * truth away."""
     close = ours is not None and abs(ours - truth) <= share * abs(truth)
-    return _row(f"{name} (within {share:.1%})", ours, truth, close)
+    return _row(f"{name} (within {share * 100:g} %)", ours, truth, close)
 
 
 def at_most(name: str, ours: float | None, truth: float) -> Row:
