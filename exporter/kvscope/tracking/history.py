@@ -31,6 +31,10 @@ from kvscope.tracking.slots import (
 )
 from kvscope.tracking.transitions import began_task, released, was_reset
 
+MOST_MODELS = 64
+MOST_CLAIMS = 256
+"""While /metrics fails, requests that ended wait for it; beyond this they are counted without tokens."""
+
 _SEEN_WITHOUT_SLOTS = frozenset({ServerState.STALLED, ServerState.SLEEPING})
 
 
@@ -145,6 +149,8 @@ def advance(history: History, look: ServerLook) -> History:
         history = _with_counters(history, look, look.counters, first)
     elif look.counters_readable is False and history.awaits_counters:
         history = _settled(history, settle_without_counters(history.claims))
+    elif sum(len(of_slot) for of_slot in history.claims.values()) > MOST_CLAIMS:
+        history = _settled(history, settle(history.claims, Tokens()))
     return history
 
 
@@ -171,6 +177,8 @@ def _with_frame(history: History, look: ServerLook) -> History:
             history = replace(_emptied(history, Reason.RESTART), claims={})
         history = replace(history, props=look.props, props_seen=look.monotonic, model=model)
     if history.model not in history.counts and (look.slots is not None or look.counters is not None):
+        kept = list(history.counts.items())[-(MOST_MODELS - 1) :]
+        history = replace(history, counts=dict(kept))
         history = _with_counts(history, counting.no_counts(history.model, look.at))
     return history
 

@@ -127,8 +127,9 @@ def advance_slot(
             losses.append(loss)
             if loss.reason is Reason.CONTEXT_SHIFT:
                 track = replace(track, shifted=track.shifted + loss.tokens)
-    if track.held_before is not None and has_begun(now, track.held_before):
-        loss = taken(track, now.reused_tokens or 0)
+    reused = now.reused_tokens or 0
+    if track.held_before is not None and has_begun(now, track.held_before) and reused <= track.held_before:
+        loss = taken(track, reused)
         if loss is not None:
             losses.append(loss)
         track = replace(track, held_before=None)
@@ -147,9 +148,14 @@ def advance_slot(
 
 
 def taken(track: SlotTrack, reused: int) -> Loss | None:
-    """Return what a task that reused so many tokens made the slot lose, or None for nothing."""
+    """Return what a task that reused so many tokens made the slot lose, or None for nothing.
+
+    More than the slot held can only have come out of host RAM, in place of all that it held: a prompt
+    that continues what a slot holds is never looked for there. That holds only where nothing else
+    ran on the slot since, so it is asked once the task is exactly known.
+    """
     held = track.held_before or 0
-    lost = held - reused
+    lost = held if reused > held else held - reused
     # At least one prompt token is always computed again: that one was not lost.
     if lost <= 1:
         return None
@@ -169,9 +175,9 @@ def taken(track: SlotTrack, reused: int) -> Loss | None:
 def decide_ended(track: SlotTrack, claim: Claim, exact: bool) -> tuple[SlotTrack, tuple[Loss, ...]]:
     """Decide what a task made its slot lose that only its settlement tells.
 
-    Context shifts that fell between two looks; and what a task that was never seen at work took
-    from the slot: an exactly known one is judged by what it reused, of others only what is
-    certainly gone counts, the slot holds less than before.
+    Context shifts that fell between two looks; and what a task took that was never seen at work, or
+    that reused more than the slot held: an exactly known one is judged by what it reused, of others
+    only what is certainly gone counts, the slot holds less than before.
     """
     if track.seen.processing or track.seen.task != claim.task:
         return track, ()

@@ -13,7 +13,7 @@ from tests.unit.tracking.looks import (
 )
 
 from kvscope.observed.server import Phase, ServerProps, ServerState
-from kvscope.tracking.history import counters_moved, looks_restarted
+from kvscope.tracking.history import MOST_CLAIMS, MOST_MODELS, counters_moved, looks_restarted
 from kvscope.tracking.publish import box, expires_at
 
 
@@ -146,6 +146,20 @@ class TestEvictions:
         watch.see(idle(0, 20, 515), idle(1, 1, 3000), counters=counted(3485, 0, 32))
         watch.see(idle(0, 20, 515), prefill(1, 40, 0, 900, 1700))
         assert watch.evictions == {"unknown": (1, 2100)}
+
+    def test_more_reused_than_the_slot_held_came_from_host_ram_and_replaced_all_of_it(self) -> None:
+        watch = self.main_holds(held=300)
+        watch.see(idle(0, 20, 515), idle(1, 1, 300), counters=counted(785, 0, 32))
+        watch.see(idle(0, 20, 515), prefill(1, 40, 0, 2000, 2400))
+        assert watch.evictions == {}
+        watch.see(idle(0, 20, 515), idle(1, 40, 2415), counters=counted(1185, 2000, 48))
+        assert watch.evictions == {"unknown": (1, 300)}
+
+    def test_more_reused_than_was_seen_proves_nothing_where_another_task_ran_in_between(self) -> None:
+        watch = self.main_holds(held=300)
+        watch.see(never_used(0), prefill(1, 40, 0, 2000, 2400))
+        watch.see(never_used(0), idle(1, 40, 2415), counters=counted(3000, 2300, 64))
+        assert watch.evictions == {}
 
     def test_cache_prompt_false_on_a_recently_used_slot_is_no_eviction(self) -> None:
         watch = self.main_holds()
@@ -455,3 +469,21 @@ class TestWhatCannotBeReadHasNoCounter:
         assert counts.requests == {"unknown": 0}
         assert {reason for _, reason, _ in counts.evictions} == set(counts.slots[0].evictions)
         assert sum(counts.request_prefill_seconds.counts) == 0
+
+
+def test_while_the_counters_fail_requests_that_wait_for_them_are_bounded_and_none_is_forgotten() -> None:
+    watch = started()
+    for task in range(1, 600):
+        watch.see(never_used(0), idle(1, task, 100))
+    assert sum(len(claims) for claims in watch.history.claims.values()) <= MOST_CLAIMS
+    watch.see(never_used(0), idle(1, 599, 100), counters=counted(50_000, 0, 9_000))
+    assert watch.counts.requests == {"unknown": 599}
+    assert watch.counts.slots[1].prompt_tokens["computed"] == 50_000
+
+
+def test_a_server_that_names_ever_new_models_costs_no_memory_without_end() -> None:
+    watch = Watch()
+    for number in range(200):
+        watch.model = f"model-{number}"
+        watch.see(never_used(0))
+    assert len(watch.history.counts) == MOST_MODELS
