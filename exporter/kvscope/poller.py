@@ -27,8 +27,7 @@ from kvscope.sources.llama_server import AnswerError, Failure, LlamaServer
 from kvscope.sources.server_process import NotReadableError, find_server_process, is_alive
 from kvscope.tracking.history import History, advance, counters_moved, looks_restarted, of_another_process
 from kvscope.tracking.publish import box, expires_at
-
-log = logging.getLogger(__name__)
+from kvscope.words import Words
 
 COUNTERS_AT_LEAST_EVERY_SECONDS = 30.0
 COUNTERS_WHILE_ALL_BUSY_SECONDS = 5.0
@@ -36,16 +35,11 @@ PROPS_EVERY_SECONDS = 30.0
 PROCESS_EVERY_SECONDS = 30.0
 LONGEST_BACK_OFF_SECONDS = 30.0
 FAILURES_UNTIL_BROKEN = 2
-MOST_NOTES = 20
 SHORTEST_SLEEP_SECONDS = 1.0
 """A slot that worked less than this ago cannot be asleep: the least that --sleep-idle-seconds takes."""
-CALM_SECONDS = 120.0
-"""A problem that comes now and then is told once, not each time; after so long without, it is news."""
 COUNTER_READINGS_A_LOOK = 2
 """A second one only when a request ended between the two looks around the first."""
 
-_WELL = frozenset({ServerState.READY, ServerState.LOADING, ServerState.SLEEPING})
-_EXPLAINS_EVERY_PROBLEM = frozenset({ServerState.LOADING, ServerState.UNAUTHORIZED})
 _WORTH_BACKING_OFF = frozenset(
     {ServerState.UNREACHABLE, ServerState.UNAUTHORIZED, ServerState.NOT_LLAMA_SERVER}
 )
@@ -90,7 +84,7 @@ class Poller:
         self._metrics_asked_at: float | None = None
         self._metrics_failures = 0
         self._aging: asyncio.TimerHandle | None = None
-        self._words = _Words(server.name, monotonic)
+        self._words = Words(server.name, monotonic)
 
     async def run(self) -> None:
         """Look for ever; cancel to stop. Closes the client's connections at the end."""
@@ -447,56 +441,6 @@ class Poller:
                 "whether it may sleep is not known, and no /metrics is read: /slots is looked at as usual. "
                 "If it was started with --sleep-idle-seconds, say so with --sleep-idle, or it stays awake",
             )
-
-
-class _Words:
-    """What is said of one server: each state when it begins, each problem once."""
-
-    def __init__(self, server: str, monotonic: Callable[[], float]) -> None:
-        self._server = server
-        self._monotonic = monotonic
-        self._told: set[str] = set()
-        self._problems: dict[str, float] = {}
-        self._news: list[str] = []
-
-    def tell_look(self, before: History | None, after: History) -> None:
-        """Say what a look changed: the state with the problem behind it, other problems, a restart."""
-        if before is None or after.state is not before.state:
-            if after.state in _WELL:
-                self._say(logging.INFO, f"is {after.state.value}")
-            else:
-                self._say(logging.WARNING, f"is {after.state.value}: {after.problem or 'no reason given'}")
-                self._news = [problem for problem in self._news if problem != after.problem]
-        if after.state not in _EXPLAINS_EVERY_PROBLEM:
-            for problem in self._news:
-                self._say(logging.WARNING, problem)
-        self._news = []
-        if before is not None and after.restarts > before.restarts:
-            self._say(logging.INFO, "was restarted; its slots are empty")
-
-    def note_answers(self, answers: Iterable[SourceAnswer]) -> None:
-        """Keep what is new in them for the end of the look."""
-        now = self._monotonic()
-        for problem in (answer.problem for answer in answers if answer.problem):
-            seen = self._problems.get(problem)
-            if seen is None or now - seen >= CALM_SECONDS:
-                self._news.append(problem)
-            self._problems[problem] = now
-
-    def tell_notes(self, notes: Iterable[str]) -> None:
-        """Say what was odd in an answer that was understood; not without end."""
-        for note in notes:
-            if len(self._told) < MOST_NOTES:
-                self.tell_once(logging.WARNING, note)
-
-    def tell_once(self, level: int, words: str) -> None:
-        """Say it if it was never said."""
-        if words not in self._told:
-            self._told.add(words)
-            self._say(level, words)
-
-    def _say(self, level: int, words: str) -> None:
-        log.log(level, "server %s %s", self._server, words, extra={"server": self._server})
 
 
 def _signature(slots: Iterable[SlotSeen]) -> tuple[object, ...]:

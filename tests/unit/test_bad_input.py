@@ -37,7 +37,8 @@ from kvscope.metrics.web import application, as_json
 from kvscope.observed.server import ServerLook, ServerState
 from kvscope.settings import ServerSettings
 from kvscope.snapshot import Board, Snapshot
-from kvscope.sources.llama_server import LARGEST_ANSWER_BYTES, MOST_SLOTS, ParseError, parse_slots
+from kvscope.sources.llama_server import LARGEST_ANSWER_BYTES
+from kvscope.sources.llama_server_answers import MOST_SLOTS, ParseError, parse_slots
 from kvscope.tracking.history import History, advance
 from kvscope.tracking.publish import box
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvscope.observed.server import Phase, ServerCounters, ServerProps, SlotSeen
-from kvscope.sources.llama_server import (
+from kvscope.sources.llama_server_answers import (
     LARGEST_COUNT,
     MOST_SLOTS,
     ParseError,
