@@ -62,7 +62,8 @@ class Stage:
 
     async def server(self, *flags: str, context: int = 4096, metrics: bool = True) -> Server:
         """Start a server in this mode; context: tokens that one slot can hold at least."""
-        given = ["-c", str(context * SEPARATE_SLOTS), *flags]
+        # One thread: servers that run at once do not spin against each other on few cores.
+        given = ["-t", "1", "-c", str(context * SEPARATE_SLOTS), *flags]
         if self.separate:
             given += ["-np", str(SEPARATE_SLOTS)]
         if metrics:
