@@ -26,7 +26,7 @@ from kvscope.tracking.slots import (
     Surroundings,
     advance_slot,
     decide_ended,
-    lru_ranks,
+    lru_places,
     never_worked,
 )
 from kvscope.tracking.transitions import began_task, released, was_reset
@@ -271,7 +271,7 @@ def _with_first_slots(history: History, look: ServerLook, now: Mapping[int, Slot
 def _with_slots_advanced(history: History, look: ServerLook, now: Mapping[int, SlotSeen]) -> History:
     surroundings = Surroundings(
         tasks_begun=sum(began_task(slot, now[slot.id]) for slot in history.seen),
-        lru_ranks=lru_ranks(history.tracks.values()),
+        lru_places=lru_places(history.tracks.values()),
         pool_may_have_filled=_pool_may_have_filled(history.seen, now),
         kv_unified=history.kv_unified,
     )

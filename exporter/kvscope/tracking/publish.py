@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvscope.observed.server import Phase, ServerState
 from kvscope.snapshot import ServerBox, SlotBox
 from kvscope.tracking.history import History
-from kvscope.tracking.slots import SlotTrack, lru_ranks
+from kvscope.tracking.slots import SlotTrack, lru_places
 
 SHORTEST_VALIDITY_SECONDS = 10.0
 VALID_POLLS = 3
@@ -29,11 +29,10 @@ def box(history: History, monotonic: float) -> ServerBox:
     slots_valid = _valid(history, history.slots_seen, "slots", monotonic)
     props_valid = _valid(history, history.props_seen, "props", monotonic)
     stalled = history.state is ServerState.STALLED
-    ranks = (
-        lru_ranks(history.tracks.values())
-        if history.kv_unified is False and history.releases >= RELEASES_FOR_LRU
-        else {}
-    )
+    ranks: dict[int, int] = {}
+    if history.kv_unified is False and history.releases >= RELEASES_FOR_LRU:
+        places = lru_places(history.tracks.values())
+        ranks = {slot_id: first for slot_id, (first, last) in places.items() if first == last}
     slots = tuple(
         _slot_box(track, ranks.get(slot_id), slots_valid or (stalled and not track.seen.processing))
         for slot_id, track in sorted(history.tracks.items())

@@ -41,13 +41,14 @@ class Loss:
 class Surroundings:
     """What the other slots tell about this one between the same two looks.
 
-    tasks_begun: tasks that were first seen now, on any slot. lru_ranks: by slot, before they began.
+    tasks_begun: tasks that were first seen now, on any slot. lru_places: before they began, as
+    `lru_places` has them.
     pool_may_have_filled: idle clearing and a purge cannot be told apart then.
     kv_unified: None where it is not known.
     """
 
     tasks_begun: int
-    lru_ranks: Mapping[int, int]
+    lru_places: Mapping[int, tuple[int, int]]
     pool_may_have_filled: bool
     kv_unified: bool | None
 
@@ -58,9 +59,9 @@ class SlotTrack:
 
     held_before: tokens it held when the task under way began, until it is known what became of
     them. taken_by_lru: whether that task may have got the slot as the least recently used one
-    (None: the order is not known). shifted: tokens that were seen to leave by context shifts during
-    the last task. release: order of the last release seen, the same for two in
-    one look.
+    (None: it was busy when it was last seen). shifted: tokens that were seen to leave by context
+    shifts during the last task. release: order of the last release seen, the same for two in one
+    look.
     """
 
     seen: SlotSeen
@@ -80,26 +81,22 @@ def never_worked(slot: SlotSeen, at: float) -> SlotTrack:
     return SlotTrack(seen, phase_started_at=at)
 
 
-def lru_ranks(tracks: Iterable[SlotTrack]) -> Mapping[int, int]:
-    """Return for each idle slot whose place is known the place at which LRU takes it, from 1.
+def lru_places(tracks: Iterable[SlotTrack]) -> Mapping[int, tuple[int, int]]:
+    """Return for each idle slot the first and the last place at which LRU may take it, from 1.
 
     Never-used slots go first, highest id first; then by the release of the last task
-    (llama.cpp tools/server/server-context.cpp, get_available_slot). Two releases in one look, or
-    two slots whose last release was before the first look, have no known order.
+    (llama.cpp tools/server/server-context.cpp, get_available_slot). The places differ where the order
+    is not known: of releases in one look, and of those before the first look.
     """
     idle = [track for track in tracks if not track.seen.processing]
-    ranks: dict[int, int] = {}
-    place = 1
-    for track in sorted((t for t in idle if t.seen.task is None), key=lambda t: -t.seen.id):
-        ranks[track.seen.id] = place
-        place += 1
+    fresh = sorted(-track.seen.id for track in idle if track.seen.task is None)
+    places = {-number: (place, place) for place, number in enumerate(fresh, 1)}
     used = [track for track in idle if track.seen.task is not None]
-    for release in sorted({-1 if t.release is None else t.release for t in used}):
-        group = [t for t in used if (-1 if t.release is None else t.release) == release]
-        if len(group) == 1:
-            ranks[group[0].seen.id] = place
-        place += len(group)
-    return ranks
+    for release in sorted({-1 if track.release is None else track.release for track in used}):
+        group = [track for track in used if (-1 if track.release is None else track.release) == release]
+        first = len(places) + 1
+        places |= {track.seen.id: (first, first + len(group) - 1) for track in group}
+    return places
 
 
 def advance_slot(
@@ -114,11 +111,11 @@ def advance_slot(
     held = before.held_tokens
     losses: list[Loss] = []
     if began_task(before, now):
-        rank = surroundings.lru_ranks.get(now.id)
+        first_place, _ = surroundings.lru_places.get(now.id, (None, None))
         track = replace(
             track,
             held_before=held if held else None,
-            taken_by_lru=None if rank is None else rank <= surroundings.tasks_begun,
+            taken_by_lru=None if first_place is None else first_place <= surroundings.tasks_begun,
             shifted=0,
         )
     elif held and now.held_tokens is not None and now.held_tokens < held:

@@ -141,6 +141,19 @@ class TestEvictions:
         watch.see(idle(0, 20, 515), prefill(1, 40, 0, 0, 700))
         assert watch.evictions == {"takeover": (1, 3000)}
 
+    def test_of_slots_released_in_one_look_any_may_be_the_least_recently_used(self) -> None:
+        watch = Watch(unified=False)
+        watch.see(never_used(0), never_used(1), counters=counted())
+        watch.see(idle(0, 1, 900), idle(1, 2, 800), counters=counted(1668, 0, 34))
+        watch.see(idle(0, 1, 900), prefill(1, 9, 0, 0, 500))
+        assert watch.evictions == {"takeover": (1, 800)}
+
+    def test_a_slot_that_was_busy_when_last_seen_has_no_known_place(self) -> None:
+        watch = self.main_holds()
+        watch.see(never_used(0), decode(1, 9, 100, 3000, 5))
+        watch.see(never_used(0), prefill(1, 20, 0, 0, 500))
+        assert watch.evictions == {"unknown": (1, 3105)}
+
     def test_the_least_recently_used_slot_with_something_reused_has_two_possible_reasons(self) -> None:
         watch = self.main_holds()
         watch.see(idle(0, 20, 515), idle(1, 1, 3000), counters=counted(3485, 0, 32))
