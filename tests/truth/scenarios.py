@@ -313,7 +313,7 @@ async def shift(stage: Stage) -> None:
     await stage.watch(main=server)
     room = context if stage.separate else 4 * context
     before = await stage.paced(server, stage.tokens(50, 200), stage.random.randint(2, 20))
-    long = (10_000 if stage.separate else 5000) + stage.random.randint(0, 500)
+    long = (14_000 if stage.separate else 5000) + stage.random.randint(0, 500)
     [answer] = await server.complete(stage.tokens(room - 300, room - 100), long)
     # Only where a poll found it at work can what it dropped be told from a request in between.
     row = report.equal if answer.prompt_ms + answer.predicted_ms > SURELY_SEEN_MS else report.told
