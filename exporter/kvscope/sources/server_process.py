@@ -13,7 +13,13 @@ import psutil
 from kvscope.observed.server import ServerProcess
 from kvscope.settings import ServerSettings, is_loopback
 
-_LLAMA_SERVER = re.compile(r"(?<!o)llama(?!-?swap)")
+# Whole names: what only mentions llama-server, as a title like "sshd: llama-server@pts/0" does, is none.
+_LLAMA_SERVER = re.compile(
+    r"[\w.-]*(?<!o)llama[-_.]?(?:cpp[-_.]?)?server[\w.-]*|[\w.-]*llamafile[\w.-]*|llama(?:\.exe)?",
+    re.IGNORECASE,
+)
+_PYTHON = re.compile(r"(?:python|pypy)w?[\d.]*(?:\.exe)?", re.IGNORECASE)
+_PYTHON_OPTIONS_WITH_VALUE = frozenset({"-X", "-W", "--check-hash-based-pycs"})
 _WILDCARDS = ("0.0.0.0", "::")  # noqa: S104 - looked for, not listened on
 
 
@@ -81,11 +87,30 @@ def _read(pid: int) -> ServerProcess:
 
 
 def is_llama_server(command_line: Sequence[str]) -> bool:
-    """Return whether a command line starts llama-server, itself or through an interpreter.
+    """Return whether a command line starts llama-server, itself or as a Python program.
 
-    Proxies and launchers with "llama" in their names (ollama, llama-swap) have flags of their own.
+    Only the program's own name counts: proxies and tunnels name the server that they lead to among
+    their arguments, and proxies and launchers like llama-swap or ollama have flags of their own.
     """
-    return any(_LLAMA_SERVER.search(PurePath(argument).name.lower()) for argument in command_line[:4])
+    return bool(command_line) and _LLAMA_SERVER.fullmatch(_program(command_line)) is not None
+
+
+def _program(command_line: Sequence[str]) -> str:
+    """The name of what runs: the program's, or of the script or module that a Python interpreter runs."""
+    name = PurePath(command_line[0]).name
+    if not _PYTHON.fullmatch(name):
+        return name
+    arguments = iter(command_line[1:])
+    for argument in arguments:
+        if argument in _PYTHON_OPTIONS_WITH_VALUE:
+            next(arguments, None)
+        elif argument == "-m":
+            return next(arguments, "").rpartition(".")[2]
+        elif argument == "-c":
+            return ""
+        elif not argument.startswith("-"):
+            return PurePath(argument).name
+    return ""
 
 
 def sleep_idle_seconds(command_line: Sequence[str], environment: Mapping[str, str]) -> float | None:
