@@ -40,7 +40,7 @@ class SlotCounts:
 
     phase_seconds: Mapping[Phase, float]
     prompt_tokens: Mapping[str, int]
-    generated_tokens: int
+    generated_tokens: int | None
     evictions: Mapping[str, int]
 
 

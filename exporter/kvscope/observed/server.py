@@ -66,7 +66,8 @@ class ServerCounters:
     """What /metrics counted since the server's process started.
 
     process_identity: the header `Process-Start-Time-Unix`; it differs at each start, whatever
-    clock it is.
+    clock it is. *_step: how finely a counter was printed; llama.cpp prints six significant digits,
+    so from 1 000 000 tokens on in steps of 10, from 10 million in steps of 100 (seconds likewise).
     """
 
     computed_tokens: int
@@ -79,6 +80,10 @@ class ServerCounters:
     requests_processing: int | None = None
     requests_deferred: int | None = None
     process_identity: str | None = None
+    computed_step: int = 1
+    reused_step: int = 1
+    generated_step: int = 1
+    prefill_seconds_step: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +136,8 @@ class ServerLook:
 
     at: Unix seconds; monotonic: seconds of a clock that never jumps.
     slots: None when /slots was not asked or gave nothing. quiet: /slots was left alone because
-    /metrics and /props prove that nothing moved, so the last slots still hold.
+    /metrics and /props show that no request ran, so the last slots still hold (a slot that was
+    erased or restored meanwhile moves no counter).
     consistent: /slots was the same before and after /metrics was read, so the counters belong to
     exactly these slots. metrics_available: the server offers /metrics; counters_readable: and we may
     ask for it.

@@ -147,6 +147,7 @@ def parse_counters(body: bytes, process_identity: str | None = None) -> ServerCo
         escaped = _json(body)
         text = escaped if isinstance(escaped, str) else text
     values: dict[str, float] = {}
+    steps: dict[str, float] = {}
     for name, value in _COUNTER_LINE.findall(text):
         try:
             number = float(value)
@@ -154,12 +155,16 @@ def parse_counters(body: bytes, process_identity: str | None = None) -> ServerCo
             continue
         if math.isfinite(number) and 0 <= number < LARGEST_COUNT:
             values[name] = number
+            steps[name] = _step(value, number)
     missing = [name for name in _REQUIRED_COUNTERS if name not in values]
     if missing:
         raise ParseError(f"/metrics has no usable llamacpp:{missing[0]}")
 
     def count(name: str) -> int | None:
         return int(values[name]) if name in values else None
+
+    def step(name: str) -> int:
+        return max(1, round(steps.get(name, 1.0)))
 
     return ServerCounters(
         computed_tokens=int(values["prompt_tokens_total"]),
@@ -172,7 +177,24 @@ def parse_counters(body: bytes, process_identity: str | None = None) -> ServerCo
         requests_processing=count("requests_processing"),
         requests_deferred=count("requests_deferred"),
         process_identity=process_identity,
+        computed_step=step("prompt_tokens_total"),
+        reused_step=step("prompt_tokens_cached_total"),
+        generated_step=step("tokens_predicted_total"),
+        prefill_seconds_step=steps.get("prompt_seconds_total", 0.0),
     )
+
+
+PRINTED_DIGITS = 6
+"""Significant digits of a number in /metrics: a C++ stream's default (tools/server/server-context.cpp)."""
+
+
+def _step(text: str, number: float) -> float:
+    """Return how far apart two numbers next to each other are printed; trailing zeros are not."""
+    if not number:
+        return 0.0
+    digits = len(re.sub(r"e.*|\.", "", text.lower()).lstrip("0"))
+    power = math.floor(math.log10(number))
+    return float(10.0 ** (power + 1 - max(PRINTED_DIGITS, digits)))
 
 
 def _json(body: bytes) -> Any:

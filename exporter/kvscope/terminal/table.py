@@ -104,8 +104,9 @@ def _figures(server: ServerBox) -> Iterator[tuple[str, str]]:
     if not server.counts:
         return
     yield "prompt tokens", _sums(_prompt_tokens(server.counts))
-    generated = sum(slot.generated_tokens for counts in server.counts for slot in counts.slots.values())
-    yield "generated tokens", str(generated)
+    slots = [slot for counts in server.counts for slot in counts.slots.values()]
+    generated = [slot.generated_tokens for slot in slots if slot.generated_tokens is not None]
+    yield "generated tokens", str(sum(generated)) if generated else "not known"
     elsewhere = _total(counts.unattributed_tokens for counts in server.counts)
     if any(elsewhere.values()):
         yield "seen in no slot", _sums(elsewhere)

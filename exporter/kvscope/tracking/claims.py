@@ -32,6 +32,22 @@ class Tokens:
         """All of them."""
         return self.computed + self.reused + self.generated
 
+    def at_least_zero(self) -> Tokens:
+        """The same without anything below zero."""
+        return Tokens(max(0, self.computed), max(0, self.reused), max(0, self.generated))
+
+    def within(self, other: Tokens, steps: Tokens) -> bool:
+        """Return whether each kind is as far from the other's as rounding to steps explains."""
+        return all(
+            mine == its or (step > 1 and abs(mine - its) <= step)
+            for mine, its, step in zip(self.kinds, other.kinds, steps.kinds, strict=True)
+        )
+
+    @property
+    def kinds(self) -> tuple[int, int, int]:
+        """(computed, reused, generated)."""
+        return self.computed, self.reused, self.generated
+
 
 @dataclass(frozen=True, slots=True)
 class Claim:
@@ -40,7 +56,8 @@ class Claim:
     begun: it was seen at work, so computed, reused and decoded are what /slots said last.
     held: tokens in the slot when the request was last seen; at_end: that was after its end.
     alone: nothing else was seen at work since it was first seen. whole: the counters had not
-    counted any of it before it was first seen.
+    counted any of it before it was first seen. rough: its share rests on counters that were
+    printed too coarsely to tell. prefill_seconds: None where that was so for them.
     """
 
     task: int
@@ -54,8 +71,9 @@ class Claim:
     alone: bool = True
     whole: bool = True
     credited: Tokens = Tokens()
-    prefill_seconds: float = 0.0
+    prefill_seconds: float | None = 0.0
     settled_before: bool = False
+    rough: bool = False
 
     @property
     def capacity(self) -> int | None:
@@ -80,8 +98,7 @@ class Claim:
             generated = self.decoded
             if self.decoded and self.at_end and self.held is not None:
                 generated = max(generated, self.held + 1 - self.computed - self.reused)
-        owed = Tokens(computed, self.reused, generated) - self.credited
-        return Tokens(max(0, owed.computed), max(0, owed.reused), max(0, owed.generated))
+        return (Tokens(computed, self.reused, generated) - self.credited).at_least_zero()
 
     @property
     def closes(self) -> bool:
@@ -101,7 +118,8 @@ class Claim:
         Where all that was counted is this request's own, what the slot does not hold was dropped.
         """
         own = (self.credited.computed, self.credited.reused) == (self.computed, self.reused)
-        if not (self.begun and self.alone and self.whole and self.at_end and self.held and own):
+        known = self.begun and self.alone and self.whole and self.at_end and not self.rough
+        if not (known and own and self.held):
             return 0
         return max(0, self.credited.total - 1 - self.held)
 

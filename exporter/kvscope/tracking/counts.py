@@ -33,42 +33,55 @@ class Countable:
     slots_tell_tokens: bool | None
 
     @property
-    def prompt_sources(self) -> tuple[str, ...]:
-        """Sources of prompt tokens that can be told apart."""
-        tells = self.slots_tell_tokens is not False
-        reused = tells or (self.counters is not None and self.counters.reused_tokens is not None)
-        computed = tells or self.counters is not None
-        return ("computed",) * computed + ("unknown",) * reused
+    def tokens_held(self) -> bool:
+        """Whether a loss would show. Builds that count reused tokens tell what slots hold as well."""
+        return self.slots_tell_tokens or (
+            self.slots_tell_tokens is None
+            and self.counters is not None
+            and self.counters.reused_tokens is not None
+        )
+
+    @property
+    def computed(self) -> bool:
+        """Whether computed and generated tokens are told by anything."""
+        return self.counters is not None or bool(self.slots_tell_tokens)
+
+    @property
+    def reused(self) -> bool:
+        """Whether reused tokens are told by anything."""
+        counted = self.counters is not None and self.counters.reused_tokens is not None
+        return counted or bool(self.slots_tell_tokens)
 
 
 def with_zeros(counts: ModelCounts, slot_ids: Iterable[int], countable: Countable) -> ModelCounts:
-    """Return the counts with a 0 for everything that the sources can count, nothing for the rest.
+    """Return the counts with a 0 added for everything that the sources can count.
 
     Without slots nothing is known of requests; only with the server's counters besides can a
-    request be known exactly; what slots lost is known only where they tell what they hold.
+    request be known exactly; what slots lost is known only where they tell what they hold. What
+    was ever counted stays, whatever the sources tell now.
     """
-    slot_counts = {slot_id: counts.slots.get(slot_id, _NO_SLOT_COUNTS) for slot_id in slot_ids}
-    losses_told = countable.slots_tell_tokens is not False
-    slots = {
-        slot_id: replace(
+    sources = ("computed",) * countable.computed + ("unknown",) * countable.reused
+    slots = dict(counts.slots)
+    for slot_id in slot_ids:
+        of_slot = slots.get(slot_id, _NO_SLOT_COUNTS)
+        slots[slot_id] = replace(
             of_slot,
-            prompt_tokens={
-                source: of_slot.prompt_tokens.get(source, 0) for source in countable.prompt_sources
-            },
-            evictions=of_slot.evictions if losses_told else {},
+            prompt_tokens={**dict.fromkeys(sources, 0), **of_slot.prompt_tokens},
+            generated_tokens=(of_slot.generated_tokens or 0)
+            if countable.computed
+            else of_slot.generated_tokens,
+            evictions={**_NO_LOSSES, **of_slot.evictions} if countable.tokens_held else of_slot.evictions,
         )
-        for slot_id, of_slot in slot_counts.items()
-    }
     precisions = ("exact", "apportioned") if countable.counters is not None else ("apportioned",)
     histogram = counts.request_prefill_seconds
     if histogram is None and countable.counters is not None:
         histogram = HistogramCounts(PREFILL_SECONDS_BOUNDS, (0,) * (len(PREFILL_SECONDS_BOUNDS) + 1))
     return replace(
         counts,
-        slots={**counts.slots, **slots},
+        slots=slots,
         requests={"unknown": 0, **counts.requests},
         observations={**dict.fromkeys(precisions, 0), **counts.observations},
-        evictions={**_NO_EVICTIONS, **counts.evictions} if losses_told else {},
+        evictions={**_NO_EVICTIONS, **counts.evictions} if countable.tokens_held else counts.evictions,
         request_prefill_seconds=histogram,
     )
 
@@ -98,6 +111,7 @@ def with_losses(counts: ModelCounts, losses: Iterable[Loss]) -> ModelCounts:
 def with_increase(counts: ModelCounts, last: ServerCounters, now: ServerCounters) -> ModelCounts:
     """Return the counts after the server's own counters grew: seconds and draft tokens.
 
+    last and now tell the same counters (see `restarts.with_gaps_filled`).
     The server's seconds are wall time: several prompts read in one batch count once.
     """
     if counts.unattributed_tokens is None:
@@ -105,8 +119,8 @@ def with_increase(counts: ModelCounts, last: ServerCounters, now: ServerCounters
         counts = replace(counts, unattributed_tokens=dict.fromkeys(kinds, 0))
     drafts = counts.draft_tokens
     if now.drafted_tokens is not None and now.draft_accepted_tokens is not None:
-        drafted = now.drafted_tokens - (last.drafted_tokens or 0)
-        accepted = now.draft_accepted_tokens - (last.draft_accepted_tokens or 0)
+        drafted = max(0, now.drafted_tokens - (last.drafted_tokens or 0))
+        accepted = max(0, now.draft_accepted_tokens - (last.draft_accepted_tokens or 0))
         drafts = _added(drafts or {"accepted": 0, "rejected": 0}, "accepted", accepted)
         drafts = _added(drafts, "rejected", max(0, drafted - accepted))
     return replace(
@@ -127,7 +141,13 @@ def with_settlement(counts: ModelCounts, settlement: Settlement) -> ModelCounts:
             if amount:
                 prompt = _added(prompt, source, amount)
         slots[slot_id] = replace(
-            of_slot, prompt_tokens=prompt, generated_tokens=of_slot.generated_tokens + gained.generated
+            of_slot,
+            prompt_tokens=prompt,
+            generated_tokens=(
+                of_slot.generated_tokens + gained.generated
+                if of_slot.generated_tokens is not None
+                else gained.generated or None
+            ),
         )
     unattributed = counts.unattributed_tokens
     if unattributed is not None:
@@ -141,7 +161,7 @@ def with_settlement(counts: ModelCounts, settlement: Settlement) -> ModelCounts:
     for done in settlement.finished:
         requests = _added(requests, "unknown", 1)
         observations = _added(observations, "exact" if done.exact else "apportioned", 1)
-        if done.exact and histogram is not None:
+        if done.exact and histogram is not None and done.claim.prefill_seconds is not None:
             histogram = _observed(histogram, done.claim.prefill_seconds)
     return replace(
         counts,
@@ -154,18 +174,15 @@ def with_settlement(counts: ModelCounts, settlement: Settlement) -> ModelCounts:
 
 
 _NO_SLOT_COUNTS = SlotCounts(
-    phase_seconds=dict.fromkeys(Phase, 0.0),
-    prompt_tokens={"computed": 0, "unknown": 0},
-    generated_tokens=0,
-    evictions={reason.value: 0 for reason in Reason},
+    phase_seconds=dict.fromkeys(Phase, 0.0), prompt_tokens={}, generated_tokens=None, evictions={}
 )
 
-
+_NO_LOSSES = {reason.value: 0 for reason in Reason}
 _NO_EVICTIONS = {("slot", reason.value, "unknown"): EvictionCount() for reason in Reason}
 
 
 def _grown(total: float | None, last: float | None, now: float | None) -> float | None:
-    return total if now is None else (total or 0.0) + now - (last or 0.0)
+    return total if now is None else (total or 0.0) + max(0.0, now - (last or 0.0))
 
 
 def _observed(histogram: HistogramCounts, seconds: float) -> HistogramCounts:

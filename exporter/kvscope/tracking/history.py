@@ -13,12 +13,19 @@ from kvscope.observed.server import (
     ServerProps,
     ServerState,
     SlotSeen,
+    Source,
 )
 from kvscope.snapshot import ModelCounts, SourceBox
 from kvscope.tracking import counts as counting
 from kvscope.tracking.claims import Claim, Claims, Tokens, claims_after, seen_at_work, without_past
 from kvscope.tracking.ledger import Settlement, awaits_counters, settle, settle_without_counters
-from kvscope.tracking.restarts import counting_from_zero, restarted, task_numbers_went_back, work
+from kvscope.tracking.restarts import (
+    counting_from_zero,
+    restarted,
+    task_numbers_went_back,
+    with_gaps_filled,
+    work,
+)
 from kvscope.tracking.slots import (
     Loss,
     Reason,
@@ -35,6 +42,9 @@ MOST_MODELS = 64
 MOST_CLAIMS = 256
 """While /metrics fails, requests that ended wait for it; beyond this they are counted without tokens."""
 
+COARSEST_STEP_RATIO = 0.05
+"""A prefill that is told only to more than 5 % is not told."""
+
 _SEEN_WITHOUT_SLOTS = frozenset({ServerState.STALLED, ServerState.SLEEPING})
 
 
@@ -44,7 +54,8 @@ class History:
 
     *_seen: monotonic seconds of the last good reading. gap: a look failed since the slots were last
     seen. slots_tell_tokens: None until a slot worked; older builds show only that it works.
-    counts: by model; those of models that left stay.
+    last_process: (pid, start) of the last process seen behind these slots. counted: what was settled of
+    the counters so far, which are printed rounded. counts: by model; those of models that left stay.
     """
 
     name: str
@@ -54,13 +65,15 @@ class History:
     props: ServerProps | None = None
     props_seen: float | None = None
     process: ServerProcess | None = None
+    last_process: tuple[int, float] | None = None
     metrics_available: bool | None = None
-    kv_unified: bool | None = None
+    slots_proved_separate: bool = False
     tracks: Mapping[int, SlotTrack] = field(default_factory=dict)
     slots_seen: float | None = None
     gap: bool = False
     slots_tell_tokens: bool | None = None
     counters: ServerCounters | None = None
+    counted: Tokens = field(default_factory=Tokens)
     counters_seen: float | None = None
     claims: Claims = field(default_factory=dict)
     looks: int = 0
@@ -75,6 +88,13 @@ class History:
     def seen(self) -> tuple[SlotSeen, ...]:
         """The slots as they were last seen."""
         return tuple(track.seen for track in self.tracks.values())
+
+    @property
+    def kv_unified(self) -> bool | None:
+        """Whether all slots share one pool; None while nothing tells."""
+        if self.process is not None and self.process.kv_unified is not None:
+            return self.process.kv_unified
+        return False if self.slots_proved_separate else None
 
     @property
     def awaits_counters(self) -> bool:
@@ -128,12 +148,13 @@ def of_another_process(history: History, counters: ServerCounters) -> bool:
 def advance(history: History, look: ServerLook) -> History:
     """Return the history after one look. Pure: the clock is in the look."""
     elapsed = None if history.slots_seen is None else look.monotonic - history.slots_seen
+    was_away = history.state is ServerState.UNREACHABLE
     history = _with_frame(history, look)
-    history = _with_process(history, look)
     if look.counters_readable is False and history.counters is not None:
-        history = replace(history, counters=None, counters_seen=None)
-    if _shows_restart(history, look):
+        history = replace(history, counters=None, counted=Tokens(), counters_seen=None)
+    if _process_was_replaced(history, look) or _shows_restart(history, look, was_away):
         history = _restart(history, look.at)
+    history = _with_props(_with_process(history, look), look)
     first = not history.tracks and history.counters is None
     if look.state is ServerState.SLEEPING:
         history = _asleep(_with_phase_seconds(history, elapsed), look)
@@ -154,12 +175,12 @@ def advance(history: History, look: ServerLook) -> History:
     return history
 
 
-# --- frame: state, model, sources, process ------------------------------------------------------
+# --- frame: state, sources, process, model ------------------------------------------------------
 
 
 def _with_frame(history: History, look: ServerLook) -> History:
     seen = look.slots is not None or look.quiet or look.state in _SEEN_WITHOUT_SLOTS
-    history = replace(
+    return replace(
         history,
         created_at=look.at if history.created_at is None else history.created_at,
         state=look.state,
@@ -171,10 +192,13 @@ def _with_frame(history: History, look: ServerLook) -> History:
         ),
         problem=next((answer.problem for answer in look.answers if answer.problem), None),
     )
+
+
+def _with_props(history: History, look: ServerLook) -> History:
     if look.props is not None:
         model = look.props.model or history.model
         if history.model is not None and model != history.model:
-            history = replace(_emptied(history, Reason.RESTART), claims={})
+            history = replace(_emptied(history, Reason.RESTART, look.at), claims={})
         history = replace(history, props=look.props, props_seen=look.monotonic, model=model)
     if history.model not in history.counts and (look.slots is not None or look.counters is not None):
         kept = list(history.counts.items())[-(MOST_MODELS - 1) :]
@@ -195,21 +219,17 @@ def _sources(sources: Mapping[str, SourceBox], look: ServerLook) -> Mapping[str,
             last_success_at=look.at if succeeded else before.last_success_at,
             duration_seconds=answer.duration_seconds if succeeded else None,
         )
-    for source, interval in look.intervals:
-        after[source] = replace(after.get(source, SourceBox()), interval_seconds=interval)
-    return after
+    waited = dict(look.intervals)
+    for source in {*after, *waited}:
+        # One that is not asked at present has no interval.
+        after[source] = replace(after.get(source, SourceBox()), interval_seconds=waited.get(Source(source)))
+    return {source: after[source] for source in Source if source in after}
 
 
 def _with_process(history: History, look: ServerLook) -> History:
-    if not look.process_readable or look.process is None:
-        return history
-    last = history.process
-    replaced = last is not None and (last.pid, last.started_at) != (look.process.pid, look.process.started_at)
-    # Where the counters say which process they are of, they also say what it did before this look.
-    told = look.counters is not None and look.counters.process_identity is not None
-    if replaced and not told:
-        history = _restart(history, look.at)
-    return replace(history, process=look.process)
+    process = look.process if look.process_readable else None
+    last = history.last_process if process is None else (process.pid, process.started_at)
+    return replace(history, process=process, last_process=last)
 
 
 def _counts(history: History) -> ModelCounts:
@@ -236,7 +256,7 @@ def _with_slots(
         history,
         slots_seen=look.monotonic,
         gap=False,
-        kv_unified=_kv_unified(history, slots),
+        slots_proved_separate=history.slots_proved_separate or _prove_separate_pools(slots),
         slots_tell_tokens=_slots_tell_tokens(history, slots),
     )
 
@@ -246,13 +266,13 @@ def _with_new_slots_told(history: History, look: ServerLook, now: Mapping[int, S
         return history
     if set(now) != set(history.tracks):
         # Another number of slots: the old ones are gone with what they held.
-        history = _emptied(history, Reason.RESTART)
+        history = _emptied(history, Reason.RESTART, look.at)
         tracks = {slot.id: never_worked(slot, look.at) for slot in now.values()}
         return replace(history, tracks=tracks, claims={})
     if any(was_reset(slot, now[slot.id]) for slot in history.seen):
         # New slots in a process that did not restart: it slept and woke between two looks.
         same_process = look.counters is not None and look.counters.process_identity is not None
-        return _emptied(history, Reason.SLEEP if same_process else Reason.UNKNOWN)
+        return _emptied(history, Reason.SLEEP if same_process else Reason.UNKNOWN, look.at)
     return history
 
 
@@ -304,18 +324,18 @@ def _pool_may_have_filled(before: Iterable[SlotSeen], now: Mapping[int, SlotSeen
     return held > pool
 
 
-def _kv_unified(history: History, slots: Iterable[SlotSeen]) -> bool | None:
-    if history.process is not None and history.process.kv_unified is not None:
-        return history.process.kv_unified
+def _prove_separate_pools(slots: Iterable[SlotSeen]) -> bool:
+    """Whether idle slots hold more than one pool could; those of `n > 1` share cells while they work."""
     limits = [slot.context_limit_tokens for slot in slots if slot.context_limit_tokens]
-    if limits and sum(slot.held_tokens or 0 for slot in slots) > max(limits):
-        return False  # more than one pool of that size could hold
-    return history.kv_unified
+    held = sum(slot.held_tokens or 0 for slot in slots if not slot.processing)
+    return bool(limits) and held > max(limits)
 
 
 def _slots_tell_tokens(history: History, slots: Iterable[SlotSeen]) -> bool | None:
     worked = [slot for slot in slots if slot.task is not None or slot.processing]
-    return any(slot.held_tokens is not None for slot in worked) if worked else history.slots_tell_tokens
+    if history.slots_tell_tokens or not worked:
+        return history.slots_tell_tokens
+    return any(slot.held_tokens is not None for slot in worked)
 
 
 def _with_phase_seconds(
@@ -334,7 +354,7 @@ def _with_phase_seconds(
     return _with_counts(history, counting.with_phase_seconds(_counts(history), phases, elapsed))
 
 
-def _emptied(history: History, reason: Reason) -> History:
+def _emptied(history: History, reason: Reason, at: float) -> History:
     """All that was held is lost at once: one event. The slots are as if they had never worked."""
     losses: list[Loss] = []
     for slot in history.seen:
@@ -343,7 +363,10 @@ def _emptied(history: History, reason: Reason) -> History:
     if losses:
         history = _with_counts(history, counting.with_losses(_counts(history), losses))
     tracks = {
-        slot_id: replace(never_worked(track.seen, track.phase_started_at), last_used_at=track.last_used_at)
+        slot_id: replace(
+            never_worked(track.seen, track.phase_started_at if track.seen.phase is Phase.IDLE else at),
+            last_used_at=track.last_used_at,
+        )
         for slot_id, track in history.tracks.items()
     }
     return replace(history, tracks=tracks)
@@ -351,7 +374,7 @@ def _emptied(history: History, reason: Reason) -> History:
 
 def _asleep(history: History, look: ServerLook) -> History:
     if any(slot.task is not None for slot in history.seen):
-        history = _emptied(history, Reason.SLEEP)
+        history = _emptied(history, Reason.SLEEP, look.at)
     elif not history.tracks and history.props is not None:
         # Not seen awake yet, but what a sleeping server holds is known: nothing.
         slots = range(history.props.total_slots or 0)
@@ -370,26 +393,54 @@ def _asleep(history: History, look: ServerLook) -> History:
 
 def _with_counters(history: History, look: ServerLook, counters: ServerCounters, first: bool) -> History:
     last = history.counters
-    history = replace(history, counters=counters, counters_seen=look.monotonic)
     if last is None:
-        last = counters  # what was counted before the first look is not ours
-        if not first:
-            history = replace(history, claims=without_past(history.claims))
-    history = _with_counts(history, counting.with_increase(_counts(history), last, counters))
-    if counters.reused_tokens is None:
+        # What was counted before the first look is not ours.
+        last = counters
+        claims = history.claims if first else without_past(history.claims)
+        history = replace(history, claims=claims, counted=_tokens(counters))
+    now, last = with_gaps_filled(counters, last), with_gaps_filled(last, counters)
+    if history.counters is not None and history.counters.reused_tokens is None and now.reused_tokens:
+        history = replace(history, counted=replace(history.counted, reused=now.reused_tokens))
+    history = replace(history, counters=now, counters_seen=look.monotonic)
+    history = _with_counts(history, counting.with_increase(_counts(history), last, now))
+    increase = _tokens(now) - history.counted
+    if now.reused_tokens is None:
         # Builds without this counter: what /slots showed of it is all there is to know.
-        reused = sum(claim.firm.reused for claims in history.claims.values() for claim in claims)
-    else:
-        reused = counters.reused_tokens - (last.reused_tokens or 0)
-    increase = Tokens(
-        counters.computed_tokens - last.computed_tokens,
-        reused,
-        counters.generated_tokens - last.generated_tokens,
-    )
-    if not history.claims and not increase.total:
+        shown = sum(claim.firm.reused for claims in history.claims.values() for claim in claims)
+        increase = replace(increase, reused=shown)
+    steps = Tokens(now.computed_step, now.reused_step, now.generated_step)
+    history, increase = _without_going_back(history, now, increase, steps)
+    if not history.claims and increase.within(Tokens(), steps):
         return history
-    prefill_seconds = (counters.prefill_seconds or 0.0) - (last.prefill_seconds or 0.0)
-    return _settled(history, settle(history.claims, increase, prefill_seconds, look.consistent))
+    settlement = settle(
+        history.claims, increase, _prefill_seconds(last, now), consistent=look.consistent, steps=steps
+    )
+    return _settled(replace(history, counted=history.counted + settlement.given), settlement)
+
+
+def _without_going_back(
+    history: History, now: ServerCounters, increase: Tokens, steps: Tokens
+) -> tuple[History, Tokens]:
+    """A counter that went back in one process is counted on from where it is now."""
+    counted, grown = list(history.counted.kinds), list(increase.kinds)
+    for kind, step in enumerate(steps.kinds):
+        if grown[kind] < (0 if step == 1 else -step):
+            counted[kind], grown[kind] = _tokens(now).kinds[kind], 0
+    return replace(history, counted=Tokens(*counted)), Tokens(*grown)
+
+
+def _tokens(counters: ServerCounters) -> Tokens:
+    return Tokens(counters.computed_tokens, counters.reused_tokens or 0, counters.generated_tokens)
+
+
+def _prefill_seconds(last: ServerCounters, now: ServerCounters) -> float | None:
+    """Growth of the prefill seconds, None where the steps they are printed in hide it."""
+    if now.prefill_seconds is None or last.prefill_seconds is None:
+        return None
+    grown = now.prefill_seconds - last.prefill_seconds
+    if now.computed_tokens == last.computed_tokens and not grown:
+        return 0.0
+    return grown if now.prefill_seconds_step <= grown * COARSEST_STEP_RATIO else None
 
 
 def _settled(history: History, settlement: Settlement) -> History:
@@ -415,23 +466,40 @@ def _settled(history: History, settlement: Settlement) -> History:
 # --- restarts -----------------------------------------------------------------------------------------
 
 
-def _shows_restart(history: History, look: ServerLook) -> bool:
+def _process_was_replaced(history: History, look: ServerLook) -> bool:
+    if look.process is None or history.last_process is None or not look.process_readable:
+        return False
+    # Where the counters say which process they are of, they also say what it did before this look.
+    told = look.counters is not None and look.counters.process_identity is not None
+    return not told and history.last_process != (look.process.pid, look.process.started_at)
+
+
+def _shows_restart(history: History, look: ServerLook, was_away: bool) -> bool:
     if look.counters is not None and history.counters is not None:
         if restarted(history.counters, look.counters):
             return True
         if look.counters.process_identity is not None:
             return False
-    return look.slots is not None and task_numbers_went_back(history.seen, look.slots)
+    if look.slots is None:
+        return False
+    # A server that sleeps and wakes goes on answering; one that was away and is new was restarted.
+    new = was_away and look.counters is None and looks_restarted(history, look.slots)
+    return new or task_numbers_went_back(history.seen, look.slots)
 
 
 def _restart(history: History, at: float) -> History:
-    history = _emptied(history, Reason.RESTART)
+    history = _emptied(history, Reason.RESTART, at)
     counters = history.counters
     return replace(
         history,
         claims={},
         # All that the new process counted is new, even where it passed the old one.
         counters=None if counters is None else counting_from_zero(counters),
+        counted=Tokens(),
+        # Whichever process is found next is this new one.
+        last_process=None,
+        slots_proved_separate=False,
+        slots_tell_tokens=None,
         restarts=history.restarts + 1,
         last_restart_at=at,
         releases=0,

@@ -7,6 +7,9 @@ to a slot, or to nobody, so that sums always equal the server's own.
 The identity computed + reused + generated - 1 = tokens held (the last sampled token is never
 evaluated; llama.cpp tools/server/server-context.cpp, measured on b11549) tells whether an increase
 belongs to one request alone.
+
+llama.cpp prints its counters with six significant digits. Beyond a million they move in steps: what
+/slots showed of a lone request then stands in for them, as far as rounding explains the difference.
 """
 
 from __future__ import annotations
@@ -35,24 +38,38 @@ class Settlement:
     finished: tuple[Finished, ...]
     open: Mapping[int, tuple[Claim, ...]]
 
+    @property
+    def given(self) -> Tokens:
+        """All tokens that were given out."""
+        return sum(self.credits.values(), self.unattributed)
+
 
 def awaits_counters(claims: Claims) -> bool:
     """Return whether a request ended that the counters were not asked about."""
     return any(claim.ended for of_slot in claims.values() for claim in of_slot)
 
 
+EXACT = Tokens(1, 1, 1)
+
+
 def settle(
-    claims: Claims, increase: Tokens, prefill_seconds: float = 0.0, consistent: bool = True
+    claims: Claims,
+    increase: Tokens,
+    prefill_seconds: float | None = 0.0,
+    consistent: bool = True,
+    steps: Tokens = EXACT,
 ) -> Settlement:
     """Give an increase of the server's counters to the slots that were seen at work.
 
     One slot at work gets all of it; several share it by what /slots showed of each (first what is
     sure, then in proportion to what each may still be owed); what is left over, or moved while no
-    slot was seen at work, is unattributed. Sums are exact whatever happens.
+    slot was seen at work, is unattributed. Sums are exact whatever happens, as exact as the
+    counters are printed: in steps. prefill_seconds: None where they are printed too coarsely.
 
     consistent: the counters were read while no slot changed. If not, a request that ended may be
     counted only by the next reading, so it is kept open once.
     """
+    increase, rough = _read_through_rounding(claims, increase, steps)
     work = [_Share(slot, claim) for slot in sorted(claims) for claim in claims[slot]]
     at_work = [share for share in work if share.claim.ended or (share.claim.capacity or 0) > 0]
     places = {share.slot for share in at_work}
@@ -76,12 +93,13 @@ def settle(
         claim = replace(
             share.claim,
             credited=share.claim.credited + share.credit,
-            prefill_seconds=share.claim.prefill_seconds + (prefill_seconds if share is only else 0.0),
+            prefill_seconds=_added(share.claim.prefill_seconds, prefill_seconds if share is only else 0.0),
+            rough=share.claim.rough or rough,
             alone=share.claim.alone and len(work) == 1,
         )
         waits = not consistent and not claim.settled_before and not claim.closes
         if claim.ended and not waits:
-            exact = claim.alone and claim.whole and claim.closes
+            exact = claim.alone and claim.whole and claim.closes and not claim.rough
             finished.append(Finished(share.slot, claim, exact))
         else:
             claim = replace(claim, settled_before=claim.settled_before or claim.ended)
@@ -106,6 +124,42 @@ def settle_without_counters(claims: Claims) -> Settlement:
     return Settlement(credits, Tokens(), tuple(finished), open_claims)
 
 
+def _read_through_rounding(claims: Claims, increase: Tokens, steps: Tokens) -> tuple[Tokens, bool]:
+    """Return the increase as it was before it was rounded, and whether that is still a rough figure."""
+    if steps == EXACT:
+        return increase, False
+    alone = [claim for of_slot in claims.values() for claim in of_slot]
+    if not alone:
+        nothing_moved = Tokens().within(increase, steps)
+        return Tokens() if nothing_moved else increase.at_least_zero(), True
+    if len(alone) == 1:
+        for candidate in _candidates(alone[0], increase, steps):
+            if candidate.within(increase, steps):
+                return candidate, False
+    return increase.at_least_zero(), True
+
+
+def _candidates(claim: Claim, increase: Tokens, steps: Tokens) -> Iterable[Tokens]:
+    """What a lone request may have added to the counters, by what /slots showed of it."""
+    if not claim.ended:
+        yield claim.firm
+    elif claim.at_end and claim.held:
+        if claim.decoded:
+            yield claim.firm
+        owed = claim.held + 1 - claim.credited.total
+        coarse = [kind for kind, step in zip(_KINDS, steps.kinds, strict=True) if step > 1]
+        if len(coarse) == 1:  # the identity gives the one that was rounded
+            rest = increase.total - getattr(increase, coarse[0])
+            yield replace(increase, **{coarse[0]: owed - rest}).at_least_zero()
+
+
+_KINDS = ("computed", "reused", "generated")
+
+
+def _added(seconds: float | None, more: float | None) -> float | None:
+    return None if seconds is None or more is None else seconds + more
+
+
 class _Share:
     """One claim while an increase is shared out. extra: its slot's, but not this request's."""
 
@@ -121,7 +175,7 @@ class _Share:
 
 
 def _apportion(shares: Sequence[_Share], increase: Tokens) -> Tokens:
-    left = {"computed": increase.computed, "reused": increase.reused, "generated": increase.generated}
+    left = dict(zip(_KINDS, increase.kinds, strict=True))
     for share in shares:
         firm = share.claim.firm
         for kind in left:

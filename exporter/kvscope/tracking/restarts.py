@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import TypeVar
 
 from kvscope.observed.server import ServerCounters, SlotSeen
+
+_Number = TypeVar("_Number", int, float)
 
 
 def restarted(last: ServerCounters, now: ServerCounters) -> bool:
@@ -57,3 +60,22 @@ def task_numbers_went_back(before: Iterable[SlotSeen], now: Iterable[SlotSeen]) 
     highest_before = max((slot.task for slot in before if slot.task is not None), default=None)
     highest_now = max((slot.task for slot in now if slot.task is not None), default=None)
     return highest_before is not None and highest_now is not None and highest_now < highest_before
+
+
+def with_gaps_filled(counters: ServerCounters, other: ServerCounters) -> ServerCounters:
+    """Return counters where one that is missing has the value of another reading of the process.
+
+    A line that one answer lacks has not gone back to 0; one that appears later grew from its own value.
+    """
+
+    def either(mine: _Number | None, its: _Number | None) -> _Number | None:
+        return its if mine is None else mine
+
+    return replace(
+        counters,
+        reused_tokens=either(counters.reused_tokens, other.reused_tokens),
+        prefill_seconds=either(counters.prefill_seconds, other.prefill_seconds),
+        decode_seconds=either(counters.decode_seconds, other.decode_seconds),
+        drafted_tokens=either(counters.drafted_tokens, other.drafted_tokens),
+        draft_accepted_tokens=either(counters.draft_accepted_tokens, other.draft_accepted_tokens),
+    )

@@ -324,6 +324,7 @@ def test_counters_are_read_and_the_averages_that_every_fetch_resets_are_not() ->
         requests_processing=1,
         requests_deferred=0,
         process_identity="123",
+        prefill_seconds_step=pytest.approx(1e-05),
     )
 
 
@@ -415,3 +416,24 @@ def test_whatever_number_a_counter_has_it_is_read_or_refused(number: str) -> Non
     body = METRICS.replace(" 1707", f" {number}").encode()
     with contextlib.suppress(ParseError):
         assert 0 <= parse_counters(body).computed_tokens < LARGEST_COUNT
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "step"),
+    [
+        ("0", 0, 1),
+        ("41", 41, 1),
+        ("999999", 999_999, 1),
+        ("1.08e+06", 1_080_000, 10),
+        ("1.08123e+06", 1_081_230, 10),
+        ("2.34568e+07", 23_456_800, 100),
+        ("1080001", 1_080_001, 1),
+        ("1080000", 1_080_000, 1),
+    ],
+)
+def test_how_finely_a_counter_is_printed_is_read_with_it(text: str, value: int, step: int) -> None:
+    """A C++ stream prints six significant digits; builds that print all of them are exact."""
+    body = f"llamacpp:prompt_tokens_total {text}\nllamacpp:tokens_predicted_total 5\n".encode()
+    counters = parse_counters(body)
+    assert (counters.computed_tokens, counters.computed_step) == (value, step)
+    assert counters.generated_step == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from kvscope.observed.server import (
@@ -55,6 +56,26 @@ def counted(
         decode_seconds=decode_seconds,
         requests_deferred=deferred,
         process_identity=identity,
+    )
+
+
+def printed(counters: ServerCounters) -> ServerCounters:
+    """As llama.cpp prints them: six significant digits."""
+
+    def rounded(value: int) -> tuple[int, int]:
+        return int(float(f"{value:.6g}")), 10 ** max(0, len(str(value)) - 6)
+
+    (computed, computed_step) = rounded(counters.computed_tokens)
+    (reused, reused_step) = rounded(counters.reused_tokens or 0)
+    (generated, generated_step) = rounded(counters.generated_tokens)
+    return replace(
+        counters,
+        computed_tokens=computed,
+        reused_tokens=reused,
+        generated_tokens=generated,
+        computed_step=computed_step,
+        reused_step=reused_step,
+        generated_step=generated_step,
     )
 
 

@@ -12,7 +12,7 @@ from tests.unit.tracking.looks import (
     prefill,
 )
 
-from kvscope.observed.server import Phase, ServerProps, ServerState
+from kvscope.observed.server import Phase, ServerProcess, ServerProps, ServerState
 from kvscope.tracking.history import MOST_CLAIMS, MOST_MODELS, counters_moved, looks_restarted
 from kvscope.tracking.publish import box, expires_at
 
@@ -500,3 +500,106 @@ def test_a_server_that_names_ever_new_models_costs_no_memory_without_end() -> No
         watch.model = f"model-{number}"
         watch.see(never_used(0))
     assert len(watch.history.counts) == MOST_MODELS
+
+
+class TestOneOddAnswer:
+    def test_slots_without_their_figures_for_one_look_take_no_counter_away(self) -> None:
+        watch = started()
+        watch.see(never_used(0), idle(1, 1, 500), counters=counted(485, 50, 16))
+        watch.see(never_used(0), idle(1, 1, 0))
+        assert watch.evictions == {"erase": (1, 500)}
+        before = watch.counts
+        odd = replace(idle(1, 1, 0), held_tokens=None, reused_tokens=None)
+        watch.see(never_used(0), odd, counters=counted(485, None, 16))
+        assert watch.evictions == {"erase": (1, 500)}
+        assert watch.counts.slots == before.slots | {
+            0: replace(before.slots[0], phase_seconds=watch.counts.slots[0].phase_seconds),
+            1: replace(before.slots[1], phase_seconds=watch.counts.slots[1].phase_seconds),
+        }
+
+    def test_a_counter_that_one_answer_lacks_counts_nothing_twice(self) -> None:
+        watch = started()
+        full = counted(1000, 500, 16, prefill_seconds=100.0, decode_seconds=10.0)
+        watch.see(never_used(0), idle(1, 1, 1515), counters=full)
+        lacking = replace(full, reused_tokens=None, prefill_seconds=None, decode_seconds=None)
+        watch.see(never_used(0), idle(1, 1, 1515), counters=lacking)
+        watch.see(never_used(0), idle(1, 1, 1515), counters=full)
+        counts = watch.counts
+        assert (counts.prefill_seconds, counts.decode_seconds) == (100.0, 10.0)
+        assert counts.slots[1].prompt_tokens["unknown"] == 500
+        assert counts.unattributed_tokens["reused"] == 0
+
+    def test_a_counter_that_went_back_in_the_same_process_takes_nothing_back(self) -> None:
+        watch = started()
+        watch.see(never_used(0), idle(1, 1, 1015), counters=counted(1000, 0, 16))
+        watch.see(never_used(0), idle(1, 1, 1015), counters=counted(400, 0, 16))
+        watch.see(never_used(0), idle(1, 9, 65), counters=counted(450, 0, 32))
+        assert watch.counts.slots[1].prompt_tokens["computed"] == 1050
+
+    def test_prefill_seconds_that_are_not_told_are_not_zero(self) -> None:
+        watch = Watch()
+        nothing = replace(counted(), prefill_seconds=None)
+        watch.see(never_used(0), counters=nothing)
+        watch.see(idle(0, 1, 115), counters=replace(counted(100, 0, 16), prefill_seconds=None))
+        assert watch.counts.observations["exact"] == 1
+        assert box(watch.history, watch.now).slots[0].last_prefill_seconds is None
+        assert sum(watch.counts.request_prefill_seconds.counts) == 0
+
+    def test_prefill_seconds_printed_too_coarsely_are_not_told(self) -> None:
+        watch = Watch()
+        before = replace(counted(prefill_seconds=20_000.1), prefill_seconds_step=0.1)
+        watch.see(never_used(0), counters=before)
+        short = replace(counted(100, 0, 16, prefill_seconds=20_000.2), prefill_seconds_step=0.1)
+        watch.see(idle(0, 1, 115), counters=short)
+        assert box(watch.history, watch.now).slots[0].last_prefill_seconds is None
+        long = replace(counted(200, 0, 32, prefill_seconds=20_012.2), prefill_seconds_step=0.1)
+        watch.see(idle(0, 9, 115), counters=long)
+        assert box(watch.history, watch.now).slots[0].last_prefill_seconds == pytest.approx(12.0)
+
+
+class TestTheProcess:
+    def test_what_a_process_told_goes_with_it(self) -> None:
+        watch = started(unified=True)
+        assert box(watch.history, watch.now).kv_unified is True
+        watch.process = None
+        watch.see(never_used(0), never_used(1), counters=counted())
+        published = box(watch.history, watch.now)
+        assert (published.kv_unified, published.started_at) == (None, None)
+
+    def test_a_restart_that_the_header_told_is_not_told_again_by_the_process(self) -> None:
+        watch = started(unified=False)
+        watch.see(never_used(0), idle(1, 9, 315), counters=counted(300, 0, 16))
+        watch.process = None
+        watch.see(never_used(0), idle(1, 1, 65), counters=counted(50, 0, 16, identity="second"))
+        watch.process = ServerProcess(2, 2.0, None, False)
+        watch.see(never_used(0), idle(1, 1, 65))
+        assert watch.history.restarts == 1
+        assert watch.evictions == {"restart": (1, 315)}
+
+    def test_children_of_one_prompt_share_cells_and_prove_nothing(self) -> None:
+        watch = Watch()
+        watch.see(*(decode(slot, slot, 10_000, 0, 1) for slot in range(3)))
+        assert box(watch.history, watch.now).kv_unified is None
+
+    def test_a_phase_that_a_restart_ended_began_at_the_look_that_saw_it(self) -> None:
+        watch = started()
+        watch.see(never_used(0), decode(1, 9, 100, 0, 5))
+        watch.see(never_used(0), never_used(1), counters=counted(identity="second"), after=7)
+        assert box(watch.history, watch.now).slots[1].phase_started_at == watch.now + 1e9
+
+    def test_new_slots_of_a_server_that_was_away_are_a_restart_where_no_counter_tells(self) -> None:
+        watch = Watch()
+        watch.see(idle(0, 90, 315), counters_readable=False)
+        watch.lose_a_poll()
+        watch.see(never_used(0), counters_readable=False)
+        assert watch.history.restarts == 1
+        assert watch.evictions == {"restart": (1, 315)}
+
+    def test_a_restart_into_another_model_is_one_restart_and_one_eviction(self) -> None:
+        watch = Watch(model="a")
+        watch.see(idle(0, 90, 315), counters=counted(300, 0, 16))
+        watch.model = "b"
+        watch.see(idle(0, 2, 65), counters=counted(50, 0, 16, identity="second"))
+        assert watch.history.restarts == 1
+        lost = watch.history.counts["a"].evictions["slot", "restart", "unknown"]
+        assert (lost.events, lost.tokens) == (1, 315)

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.unit.tracking.looks import Watch, counted, decode, idle, never_used, prefill
+from tests.unit.tracking.looks import Watch, counted, decode, idle, never_used, prefill, printed
 
-from kvscope.observed.server import ServerState, SlotSeen
+from kvscope.observed.server import ServerCounters, ServerState, SlotSeen
 from kvscope.snapshot import ModelCounts
 from kvscope.tracking.history import looks_restarted
 from kvscope.tracking.publish import box
@@ -99,8 +99,8 @@ class Server:
 
         return [one(number, slot) for number, slot in enumerate(self.slots)]
 
-    def counters(self) -> object:
-        return counted(self.computed, self.reused, self.generated, identity=str(self.process))
+    def counters(self) -> ServerCounters:
+        return printed(counted(self.computed, self.reused, self.generated, identity=str(self.process)))
 
 
 slot = st.integers(0, SLOTS - 1)
@@ -146,7 +146,7 @@ def all_counters(counts: ModelCounts) -> list[float]:
 @given(st.lists(step, max_size=40))
 def test_sums_equal_the_servers_and_no_counter_goes_back(steps: list[tuple[object, ...]]) -> None:
     server, watch = Server(), Watch()
-    watch.see(*server.seen(), counters=server.counters())  # type: ignore[arg-type]
+    watch.see(*server.seen(), counters=server.counters())
     before = all_counters(watch.counts)
     for name, *arguments in [*steps, ("look at the counters",)]:
         if name == "lose a poll":
@@ -172,14 +172,14 @@ def test_sums_equal_the_servers_and_no_counter_goes_back(steps: list[tuple[objec
 def look(server: Server, watch: Watch, *, with_counters: bool) -> None:
     """As the poller does it: a look that shows a new process, or an end, reads the counters too."""
     if server.asleep:
-        watch.see(state=ServerState.SLEEPING, counters=server.counters())  # type: ignore[arg-type]
+        watch.see(state=ServerState.SLEEPING, counters=server.counters())
         return
     seen = server.seen()
     if not with_counters and not looks_restarted(watch.history, seen):
         watch.see(*seen)
         with_counters = watch.history.awaits_counters
     if with_counters or looks_restarted(watch.history, seen):
-        watch.see(*seen, counters=server.counters(), after=0)  # type: ignore[arg-type]
+        watch.see(*seen, counters=server.counters(), after=0)
 
 
 @settings(max_examples=200, deadline=None)
@@ -202,3 +202,54 @@ def test_one_request_at_a_time_looked_at_after_each_is_always_exact(
     lost = sum(count.tokens for count in watch.counts.evictions.values())
     arrived = sum(sums(watch.counts)) - len(requests)  # the last sampled token is never evaluated
     assert lost <= arrived
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.tuples(slot, st.integers(1, 4000), st.sampled_from([0.0, 0.4, 1.0])), max_size=12),
+    st.tuples(*[st.integers(0, 40_000_000)] * 3),
+)
+def test_beyond_a_million_tokens_a_lone_request_seen_generating_is_still_exact(
+    requests: list[tuple[int, int, float]], before: tuple[int, int, int]
+) -> None:
+    """llama.cpp prints its counters with six significant digits."""
+    server, watch = Server(), Watch()
+    server.computed, server.reused, server.generated = before
+    look(server, watch, with_counters=True)
+    for number, prompt, share in requests:
+        server.start(number, prompt, share)
+        look(server, watch, with_counters=False)
+        server.read(number)
+        look(server, watch, with_counters=False)
+        server.end(number, 7)
+        look(server, watch, with_counters=False)
+    assert watch.counts.observations == {"exact": len(requests), "apportioned": 0}
+    now = (server.computed, server.reused, server.generated)
+    assert sums(watch.counts) == tuple(its - old for its, old in zip(now, before, strict=True))
+    assert watch.counts.evictions["slot", "context_shift", "unknown"].tokens == 0
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(step, max_size=40), st.tuples(*[st.integers(0, 40_000_000)] * 3))
+def test_beyond_a_million_tokens_sums_are_as_near_as_the_counters_are_printed(
+    steps: list[tuple[object, ...]], before: tuple[int, int, int]
+) -> None:
+    server, watch = Server(), Watch()
+    server.computed, server.reused, server.generated = before
+    look(server, watch, with_counters=True)
+    counted_before = all_counters(watch.counts)
+    for name, *arguments in [*steps, ("look at the counters",)]:
+        if name == "restart":
+            continue
+        if name == "lose a poll":
+            watch.lose_a_poll()
+        elif str(name).startswith("look"):
+            look(server, watch, with_counters=name != "look")
+        else:
+            getattr(server, str(name))(*arguments)
+        after = all_counters(watch.counts)
+        assert all(now >= then for then, now in zip(counted_before, after, strict=True))
+        counted_before = after
+    now = (server.computed, server.reused, server.generated)
+    for mine, its, old in zip(sums(watch.counts), now, before, strict=True):
+        assert abs(mine - (its - old)) <= 2 * 10 ** max(0, len(str(its)) - 6)
