@@ -9,7 +9,8 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 from kvscope.observed.server import (
     ServerCounters,
@@ -76,10 +77,14 @@ class Poller:
         self._monotonic = monotonic
         self._history = History(server.name)
         self._failed_looks = 0
+        self._pause_seconds = settings.idle_interval_seconds
+        self._intervals: tuple[tuple[Source, float], ...] = ()
         self._restart_seen = False
         self._process: ServerProcess | None = None
         self._process_looked_at: float | None = None
         self._answers: list[SourceAnswer] = []
+        self._asked: frozenset[Source] = frozenset()
+        self._advanced_by: tuple[History, ServerLook] | None = None
         self._metrics_offered: bool | None = None
         self._metrics_asked_at: float | None = None
         self._metrics_failures = 0
@@ -100,6 +105,7 @@ class Poller:
     async def look_once(self) -> ServerBox:
         """Look once at everything that is due, publish the server's box and return it."""
         before = self._history
+        self._asked = frozenset()
         await self._look()
         after = self._history
         self._failed_looks = self._failed_looks + 1 if after.state in _WORTH_BACKING_OFF else 0
@@ -108,16 +114,13 @@ class Poller:
             self._restart_seen = True
             self._metrics_offered = None
             self._metrics_failures = 0
+        self._decide_how_long_to_wait()
         self._words.tell_look(before if before.looks else None, after)
         return self._publish_now()
 
     def pause_seconds(self) -> float:
         """Return how long to wait before the next look: longer while idle, and with each failure."""
-        busy, idle = self._settings.busy_interval_seconds, self._settings.idle_interval_seconds
-        if self._failed_looks:
-            longest = min(LONGEST_BACK_OFF_SECONDS, idle * 2.0 ** min(self._failed_looks - 1, 10))
-            return longest * random.uniform(0.5, 1.0)
-        return busy if self._history.state is ServerState.READY and not self._idle() else idle
+        return self._pause_seconds
 
     # --- one look ---------------------------------------------------------------------------------
 
@@ -135,6 +138,10 @@ class Poller:
         if props is not None and props.sleeping:
             readable = self._metrics_readable(props)
             self._advance(ServerState.SLEEPING, props=props, counters=await self._counters(props, readable))
+            return
+        if self._slots_offered(props) is False:
+            counters = await self._counters(props, self._counters_due())
+            self._advance(ServerState.SLOTS_DISABLED, props=props, counters=counters, consistent=False)
             return
         self._tell_what_sleep_hides(props)
         if not self._slots_left_alone(props):
@@ -271,18 +278,27 @@ class Poller:
 
     def _props_due(self) -> bool:
         history = self._history
-        if history.state not in (ServerState.READY, ServerState.SLOTS_DISABLED) or self._restart_seen:
-            return True
         if history.props_seen is None or self._passed(history.props_seen, PROPS_EVERY_SECONDS):
+            return True
+        if self._restart_seen or self._props_at_each_look():
+            return True
+        return self._may_sleep(None) is not False and self._passed(history.slots_seen, SHORTEST_SLEEP_SECONDS)
+
+    def _props_at_each_look(self) -> bool:
+        """Whether /props has to say each time whether the server sleeps, or what it offers."""
+        state = self._history.state
+        if state not in (ServerState.READY, ServerState.SLOTS_DISABLED) or self._slots_offered(None) is False:
             return True
         if self._may_sleep(None) is False:
             return False
-        return self._idle() or self._passed(history.slots_seen, SHORTEST_SLEEP_SECONDS)
+        return self._idle() or self._pause_seconds >= SHORTEST_SLEEP_SECONDS
+
+    def _counters_every(self) -> float:
+        soon = self._history.all_busy or self._metrics_failures == 1
+        return COUNTERS_WHILE_ALL_BUSY_SECONDS if soon else COUNTERS_AT_LEAST_EVERY_SECONDS
 
     def _counters_due(self) -> bool:
-        soon = self._history.all_busy or self._metrics_failures == 1
-        wait = COUNTERS_WHILE_ALL_BUSY_SECONDS if soon else COUNTERS_AT_LEAST_EVERY_SECONDS
-        return self._metrics_asked_at is None or self._passed(self._metrics_asked_at, wait)
+        return self._metrics_asked_at is None or self._passed(self._metrics_asked_at, self._counters_every())
 
     def _counters_wanted(self, props: ServerProps | None, *, new: bool, moved: bool) -> bool:
         if self._metrics_usable(props) is False:
@@ -298,6 +314,11 @@ class Poller:
 
     def _passed(self, since: float | None, seconds: float) -> bool:
         return since is not None and self._monotonic() - since >= seconds
+
+    def _slots_offered(self, props: ServerProps | None) -> bool | None:
+        """Whether the server offers /slots; None where /props does not say."""
+        props = props or self._history.props
+        return None if props is None else props.slots_endpoint
 
     def _metrics_usable(self, props: ServerProps | None) -> bool | None:
         """Whether /metrics may be asked: it is offered, and no setting turned it off."""
@@ -349,7 +370,7 @@ class Poller:
             # A server on another machine has no process here: that is no failure of a source.
             self._words.tell_once(
                 logging.INFO,
-                f"its process cannot be read: {error}. Its start time and its flags stay unknown",
+                f"its process cannot be read, so its start time and its flags stay unknown: {error}",
             )
         else:
             self._answers.append(SourceAnswer(Source.PROCESS, self._monotonic() - started))
@@ -364,6 +385,43 @@ class Poller:
         self._answers.append(SourceAnswer(Source.PROCESS, self._monotonic() - started, problem))
         if not alive:
             self._process = self._process_looked_at = None
+
+    # --- how long to wait ------------------------------------------------------------------------------
+
+    def _decide_how_long_to_wait(self) -> None:
+        """Decide it once a look, so that what is published is what is waited."""
+        busy, idle = self._settings.busy_interval_seconds, self._settings.idle_interval_seconds
+        self._pause_seconds = idle
+        if self._failed_looks:
+            longest = min(LONGEST_BACK_OFF_SECONDS, idle * 2.0 ** min(self._failed_looks - 1, 10))
+            self._pause_seconds = longest * random.uniform(0.5, 1.0)
+        elif self._history.state is ServerState.READY and not self._idle():
+            self._pause_seconds = busy
+        intervals = tuple(self._sources_asked_now())
+        if intervals != self._intervals and self._advanced_by is not None:
+            self._intervals = intervals
+            before, look = self._advanced_by
+            self._history = advance(before, replace(look, intervals=intervals))
+
+    def _sources_asked_now(self) -> Iterator[tuple[Source, float]]:
+        """Each source that is asked in the state the server is in, and how often at the least."""
+        pause, state = self._pause_seconds, self._history.state
+        if self._process is not None:
+            yield Source.PROCESS, pause
+        if state not in (ServerState.READY, ServerState.SLEEPING, ServerState.SLOTS_DISABLED):
+            # Each look begins with /props and goes on only where that answers.
+            yield Source.PROPS, pause
+            if {Source.PROPS, Source.SLOTS} <= self._asked:
+                yield Source.SLOTS, pause
+            return
+        offered = self._slots_offered(None) is not False
+        left_alone = state is ServerState.SLEEPING or (offered and self._slots_left_alone(None))
+        if offered and not left_alone:
+            yield Source.SLOTS, pause
+        yield Source.PROPS, pause if self._props_at_each_look() else max(pause, PROPS_EVERY_SECONDS)
+        if self._metrics_usable(None) is not False:
+            stand_in = left_alone and self._metrics_failures < FAILURES_UNTIL_BROKEN
+            yield Source.METRICS, pause if stand_in else max(pause, self._counters_every())
 
     # --- out ------------------------------------------------------------------------------------------
 
@@ -380,7 +438,8 @@ class Poller:
         answers = (*self._answers, *self._client.take_answers())
         self._answers = []
         self._words.note_answers(answers)
-        self._history = advance(
+        self._asked |= {answer.source for answer in answers}
+        self._advanced_by = (
             self._history,
             ServerLook(
                 at=self._clock(),
@@ -396,21 +455,10 @@ class Poller:
                 metrics_available=self._metrics_available(props),
                 counters_readable=True if counters is not None else self._metrics_usable(props),
                 answers=answers,
-                intervals=self._intervals(props),
+                intervals=self._intervals,
             ),
         )
-
-    def _intervals(self, props: ServerProps | None) -> tuple[tuple[Source, float], ...]:
-        busy, idle = self._settings.busy_interval_seconds, self._settings.idle_interval_seconds
-        quiet = self._slots_left_alone(props)
-        every = idle if quiet else COUNTERS_AT_LEAST_EVERY_SECONDS
-        if self._history.all_busy:
-            every = COUNTERS_WHILE_ALL_BUSY_SECONDS
-        return (
-            (Source.SLOTS, idle if self._idle() else busy),
-            (Source.PROPS, idle if quiet else PROPS_EVERY_SECONDS),
-            *(((Source.METRICS, every),) if self._metrics_usable(props) is not False else ()),
-        )
+        self._history = advance(*self._advanced_by)
 
     def _publish_now(self) -> ServerBox:
         """Publish, and again when the next reading ages out, however long a look takes by then."""
@@ -432,8 +480,8 @@ class Poller:
         if may_sleep:
             self._words.tell_once(
                 logging.WARNING,
-                "may sleep and no /metrics is read: /slots is left alone once it is idle, so requests are "
-                "seen only after it slept. Start it with --metrics to see them all",
+                "it may sleep and no /metrics is read: /slots is left alone once it is idle, so requests "
+                "are seen only after it slept. Start it with --metrics to see them all",
             )
         elif may_sleep is None:
             self._words.tell_once(

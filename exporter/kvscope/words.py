@@ -16,6 +16,7 @@ CALM_SECONDS = 120.0
 
 _WELL = frozenset({ServerState.READY, ServerState.LOADING, ServerState.SLEEPING})
 _EXPLAINS_EVERY_PROBLEM = frozenset({ServerState.LOADING, ServerState.UNAUTHORIZED})
+_REASONS = {ServerState.SLOTS_DISABLED: "it does not offer /slots, so nothing is known of its slots"}
 
 
 class Words:
@@ -34,11 +35,14 @@ class Words:
             if after.state in _WELL:
                 self._say(logging.INFO, f"is {after.state.value}")
             else:
-                self._say(logging.WARNING, f"is {after.state.value}: {after.problem or 'no reason given'}")
+                reason = after.problem or _REASONS.get(after.state, "no reason given")
+                self._say(logging.WARNING, f"is {after.state.value}: {reason}")
                 self._news = [problem for problem in self._news if problem != after.problem]
+            if after.state is ServerState.UNREACHABLE:
+                self._news = []  # an ended process refuses connections: the first problem is the cause
         if after.state not in _EXPLAINS_EVERY_PROBLEM:
             for problem in self._news:
-                self._say(logging.WARNING, problem)
+                self._remark(logging.WARNING, problem)
         self._news = []
         if before is not None and after.restarts > before.restarts:
             self._say(logging.INFO, "was restarted; its slots are empty")
@@ -62,7 +66,11 @@ class Words:
         """Say it if it was never said."""
         if words not in self._told:
             self._told.add(words)
-            self._say(level, words)
+            self._remark(level, words)
+
+    def _remark(self, level: int, words: str) -> None:
+        """Say what is no predicate of the server: a sentence of its own, or an answer's problem."""
+        log.log(level, "server %s: %s", self._server, words, extra={"server": self._server})
 
     def _say(self, level: int, words: str) -> None:
         log.log(level, "server %s %s", self._server, words, extra={"server": self._server})

@@ -198,6 +198,183 @@ async def test_slots_of_a_new_process_are_believed_although_its_metrics_fail(
     assert watched.box.slots[0].context_tokens == 22
 
 
+# --- how long is waited -----------------------------------------------------------------------------
+
+
+def waited(box: ServerBox) -> dict[str, float]:
+    """What is published as the interval of each source that is asked at present."""
+    return {
+        name: source.interval_seconds
+        for name, source in box.sources.items()
+        if source.interval_seconds is not None
+    }
+
+
+async def test_the_intervals_of_a_server_that_never_sleeps_follow_its_slots(
+    server: FakeServer, watch: Watch
+) -> None:
+    watched = watch(server, sleep_idle="off")
+    assert waited(await watched.look()) == {"slots": 2, "props": 30, "metrics": 30}
+    server.begin(0, 50)
+    assert waited(await watched.look()) == {"slots": 0.5, "props": 30, "metrics": 30}
+    server.begin(1, 50)
+    assert waited(await watched.look()) == {"slots": 0.5, "props": 30, "metrics": 5}
+    server.generate(0, 5)
+    server.end(0)
+    server.generate(1, 5)
+    server.end(1)
+    assert waited(await watched.look()) == {"slots": 2, "props": 30, "metrics": 30}
+
+
+async def test_with_pauses_longer_than_half_a_minute_nothing_is_asked_more_often(
+    server: FakeServer, watch: Watch
+) -> None:
+    watched = watch(server, sleep_idle="off", idle_interval_seconds=60.0)
+    assert waited(await watched.look()) == {"slots": 60, "props": 60, "metrics": 60}
+
+
+async def test_slots_that_are_left_alone_have_no_interval(server: FakeServer, watch: Watch) -> None:
+    server.work(0, 50, 5)
+    watched = watch(server)
+    assert waited(await watched.look(2)) == {"props": 2, "metrics": 2}
+    server.begin(0, 50)
+    assert waited(await watched.look()) == {"slots": 0.5, "props": 30, "metrics": 30}
+    server.generate(0, 5)
+    server.end(0)
+    server.sleep()
+    assert waited(await watched.watch(3)) == {"props": 2, "metrics": 2}
+    assert watched.box.state is ServerState.SLEEPING
+
+
+async def test_without_metrics_to_ask_there_is_no_interval_of_them(server: FakeServer, watch: Watch) -> None:
+    server.without("metrics")
+    server.work(0, 50, 5)
+    nobody_knows = await watch(server).look(2)
+    assert waited(nobody_knows) == {"slots": 2, "props": 2}
+    assert waited(await watch(server, sleep_idle=4.0).look(2)) == {"props": 2}
+    assert waited(await watch(server, sleep_idle="off").look(2)) == {"slots": 2, "props": 30}
+
+
+async def test_metrics_that_are_gone_after_a_restart_lose_their_interval(
+    server: FakeServer, watch: Watch
+) -> None:
+    for _ in range(3):
+        server.work(0, 50, 5)
+    watched = watch(server, sleep_idle="off")
+    assert "metrics" in waited(await watched.look(2))
+    server.restart()
+    server.without("metrics")
+    server.work(0, 20, 5)
+    await watched.look(3)
+    assert waited(watched.box) == {"slots": 2, "props": 30}
+
+
+async def test_metrics_that_only_fail_are_waited_for_longer(server: FakeServer, watch: Watch) -> None:
+    server.answers["/metrics"] = status(500)
+    server.work(0, 50, 5)
+    watched = watch(server)
+    await watched.watch(10)
+    assert waited(watched.box) == {"slots": 2, "props": 2, "metrics": 30}
+
+
+@pytest.mark.parametrize("code", [401, 404, 500])
+async def test_what_is_published_of_a_server_that_is_left_alone_longer_is_what_is_waited(
+    server: FakeServer, watch: Watch, code: int
+) -> None:
+    watched = watch(server, sleep_idle="off")
+    await watched.look()
+    server.answers = dict.fromkeys(("/props", "/slots", "/metrics"), status(code))
+    await watched.watch(31)
+    pauses = set()
+    for _ in range(4):
+        box = await watched.look()
+        assert waited(box) == {"props": watched.poller.pause_seconds()}
+        assert watched.poller.pause_seconds() == watched.poller.pause_seconds()
+        pauses.add(watched.poller.pause_seconds())
+    assert len(pauses) == 4, "each with jitter of its own"
+
+
+async def test_a_server_that_was_never_reached_has_an_interval_of_props_alone(
+    server: FakeServer, watch: Watch
+) -> None:
+    await server.stop()
+    watched = watch(server)
+    assert waited(await watched.look()) == {"props": watched.poller.pause_seconds()}
+
+
+async def test_slots_that_fail_where_props_answer_are_asked_at_each_look_and_published_so(
+    server: FakeServer, watch: Watch
+) -> None:
+    watched = watch(server, sleep_idle="off")
+    await watched.look()
+    server.answers["/slots"] = status(502)
+    box = await watched.look(3)
+    assert waited(box).keys() == {"props", "slots"}
+    assert len(set(waited(box).values())) == 1
+
+
+async def test_a_process_that_is_seen_is_looked_at_at_each_look(server: FakeServer, watch: Watch) -> None:
+    assert waited(await watch(server, find_process=process()).look())["process"] == 2
+
+
+# --- slots that are switched off ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sleep_idle", ["auto", "off", 4.0])
+async def test_a_server_that_says_it_has_no_slots_endpoint_is_not_asked_for_slots(
+    server: FakeServer, watch: Watch, caplog: pytest.LogCaptureFixture, sleep_idle: str | float
+) -> None:
+    server.without("slots")
+    watched = watch(server, sleep_idle=sleep_idle)
+    box = await watched.look()
+    assert box.state is ServerState.SLOTS_DISABLED
+    await watched.watch(120)
+    assert server.asked["/slots"] == 0
+    assert 55 <= server.asked["/props"] <= 65
+    assert 4 <= server.asked["/metrics"] <= 5
+    assert waited(watched.box) == {"props": 2, "metrics": 30}
+    assert watched.box.up
+    assert watched.box.problem is None
+    assert {name for name, source in watched.box.sources.items() if source.failures} == set()
+    assert "slots" not in watched.box.sources
+    (line,) = lines(caplog, "slots")
+    assert line.startswith("server main is slots_disabled: it does not offer /slots")
+
+
+async def test_a_server_started_again_with_or_without_slots_is_asked_accordingly(
+    server: FakeServer, watch: Watch
+) -> None:
+    server.work(0, 50, 5)
+    watched = watch(server, sleep_idle="off")
+    await watched.look()
+    server.restart()
+    server.without("slots")
+    await watched.watch(31)
+    server.taken()
+    await watched.watch(30)
+    assert watched.box.state is ServerState.SLOTS_DISABLED
+    assert server.taken()["/slots"] == 0
+    assert waited(watched.box) == {"props": 2, "metrics": 30}
+    server.restart()
+    server.answers = {}
+    server.props["endpoint_slots"] = True
+    server.begin(1, 30)
+    await watched.look()
+    assert watched.box.state is ServerState.READY
+    assert watched.box.slots[1].context_tokens == 30
+
+
+async def test_a_server_without_slots_that_sleeps_is_said_to_sleep(server: FakeServer, watch: Watch) -> None:
+    server.without("slots")
+    watched = watch(server)
+    await watched.look()
+    server.sleep()
+    assert (await watched.look()).state is ServerState.SLEEPING
+    server.wake()
+    assert (await watched.look()).state is ServerState.SLOTS_DISABLED
+    assert server.asked["/slots"] == 0
+
+
 # --- a model that sleeps ----------------------------------------------------------------------------
 
 MAY_SLEEP = [
@@ -659,6 +836,39 @@ async def test_states_are_told_when_they_begin_and_problems_once(
         "server main is loading",
         "server main is unreachable: /props answered with status 500",
         "server main is ready",
+    ]
+
+
+async def test_a_server_that_was_killed_is_told_of_in_one_line_with_the_cause(
+    server: FakeServer, watch: Watch, caplog: pytest.LogCaptureFixture
+) -> None:
+    alive = [ServerProcess(7, 1000.0)]
+    watched = watch(server, find_process=lambda _: alive[0], process_lives=lambda process: process in alive)
+    await watched.look(2)
+    alive.clear()
+    await server.stop()
+    await watched.look(4)
+    assert lines(caplog, "server main") == [
+        "server main is ready",
+        "server main is unreachable: its process ended",
+    ]
+
+
+async def test_every_line_is_a_sentence_with_the_servers_name(
+    server: FakeServer, watch: Watch, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.without("metrics")
+    watched = watch(server)
+    await watched.look()
+    server.answers["/slots"] = body("<html>")
+    await watched.look()
+    assert lines(caplog, "server main") == [
+        "server main: its process cannot be read, so its start time and its flags stay unknown: it is not "
+        "reached over a port of this machine",
+        "server main: whether it may sleep is not known, and no /metrics is read: /slots is looked at as "
+        "usual. If it was started with --sleep-idle-seconds, say so with --sleep-idle, or it stays awake",
+        "server main is ready",
+        "server main: /slots: the answer is an HTML page",
     ]
 
 
