@@ -8,7 +8,7 @@ FAMILIES = (
     Family(
         "kvscope_requests_total",
         Kind.COUNTER,
-        "Finished requests that were seen, by how they ended.",
+        "Tasks that slots finished, by how they ended; a request with n > 1 is n of them.",
         (*MODEL, "outcome"),
         "slots",
         each_model_counted(lambda counts: counts.requests),

@@ -23,8 +23,8 @@ Names and labels are a promise: new ones may come, and a rename is named in the 
 - **Counters** count from the exporter's first look, not from the server's start. They stand at 0 for every
   label set that can occur, so `increase()` sees the first event, and never go back while the exporter lives:
   a restarted server goes on where it was. Without the source they need they are absent. When a server gets
-  another model, the counters of the earlier one stay, under its own name. Since when each counts is in its
-  `_created` series, in the OpenMetrics format only.
+  another model, the counters of the earlier one stay, under its own name; with more than 64 models the one
+  known longest goes. Since when each counts is in its `_created` series, in the OpenMetrics format only.
 - **Booleans** are 1 and 0. A **state set** has one series for each state, exactly one of them 1.
 - **Times** are in seconds; a time of day is in seconds since 1970, so `time() - ..._timestamp_seconds` is an
   age. Tokens are tokens of the served model.
@@ -75,7 +75,10 @@ LABELS: tuple[tuple[str, str], ...] = (
     ),
     ("kept", "whether a copy lives on: `unknown`, because polls do not tell"),
     ("result", "`accepted`, `rejected`"),
-    ("build, ftype, architecture", "llama.cpp's build, the type of the weights, the model's architecture"),
+    (
+        "build, ftype, architecture",
+        "llama.cpp's build, the type of the weights; the architecture is left out so far",
+    ),
     ("version, python", "of the exporter"),
     ("le", "upper bound of a histogram's bucket"),
 )

@@ -20,9 +20,9 @@ from kvscope.snapshot import Snapshot
 
 def _information(snapshot: Snapshot) -> Iterator[Reading]:
     for box in snapshot.servers:
-        known = (box.model, box.build, box.file_type, box.architecture)
-        if any(fact is not None for fact in known):
-            yield Reading((box.name, *known), 1)
+        # The model's name stays known for its counters' sake when the server is away: no sign of what runs.
+        if box.build is not None or box.file_type is not None:
+            yield Reading((box.name, box.model, box.build, box.file_type, box.architecture), 1)
 
 
 FAMILIES = (
@@ -54,8 +54,7 @@ FAMILIES = (
     Family(
         "kvscope_server_info",
         Kind.INFO,
-        "What the server runs, always 1: the model's name, llama.cpp's build, the weights' type and the "
-        "model's architecture.",
+        "What the server runs, always 1: the model's name, llama.cpp's build and the weights' type.",
         (*MODEL, "build", "ftype", "architecture"),
         "props",
         _information,

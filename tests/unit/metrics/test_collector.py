@@ -147,6 +147,13 @@ def test_no_server_is_described_before_anything_is_known_of_what_it_runs() -> No
     )
 
 
+def test_a_server_that_went_away_is_not_described_by_the_name_of_its_model_alone() -> None:
+    gone = replace(full_box(), state=ServerState.UNREACHABLE, up=False, build=None, file_type=None)
+    assert series(only(gone), "kvscope_server_info") == []
+    assert len(series(only(replace(gone, build="b1")), "kvscope_server_info")) == 1
+    assert len(series(only(replace(gone, file_type="F16")), "kvscope_server_info")) == 1
+
+
 def test_a_histogram_is_cumulative_and_ends_with_its_count() -> None:
     buckets = series(only(full_box()), "kvscope_request_prefill_seconds_bucket")
     by_bound = {labels["le"]: value for labels, value in buckets}

@@ -11,6 +11,7 @@ from fake_snapshots import full_snapshot
 from kvscope.metrics.collector import ALL_FAMILIES, SnapshotCollector
 from kvscope.metrics.document import LABELS, document
 from kvscope.metrics.family import Family, Kind
+from kvscope.tracking.history import MOST_MODELS
 from kvscope.tracking.slots import Reason
 
 METRICS_MD = Path(__file__).parents[3] / "docs" / "METRICS.md"
@@ -54,6 +55,16 @@ def test_names_and_help_follow_the_house_style(family: Family) -> None:
     assert re.fullmatch(r"[A-Z][^\n]*[a-z0-9)]\.", family.help)
     assert ". " not in family.help, "one sentence"
     assert len(set(family.labels)) == len(family.labels)
+
+
+def test_it_says_how_many_models_keep_their_counters() -> None:
+    assert f"with more than {MOST_MODELS} models" in " ".join(document().split())
+
+
+def test_it_says_what_counts_as_a_request_and_promises_no_architecture() -> None:
+    help_of = {family.name: family.help for family in ALL_FAMILIES}
+    assert "n > 1" in help_of["kvscope_requests_total"]
+    assert "architecture" not in help_of["kvscope_server_info"]
 
 
 def test_no_two_metrics_share_a_name() -> None:
