@@ -130,16 +130,15 @@ def _figures(server: ServerBox) -> Iterator[tuple[str, str]]:
 
 
 def _eviction_texts(models: Iterable[ModelCounts]) -> Iterator[str]:
-    events: Counter[tuple[str, str]] = Counter()
-    tokens: Counter[tuple[str, str]] = Counter()
+    events: Counter[str] = Counter()
+    tokens: Counter[str] = Counter()
     for counts in models:
-        for (_, reason, kept), evicted in counts.evictions.items():
-            events[reason, kept] += evicted.events
-            tokens[reason, kept] += evicted.tokens
-    for reason, kept in sorted(events | tokens):
-        copies = {"host": "kept in host RAM", "disk": "kept on disk", "no": "lost"}.get(kept, "copy unknown")
-        if events[reason, kept] or tokens[reason, kept]:
-            yield f"{events[reason, kept]} {reason} ({tokens[reason, kept]} tokens, {copies})"
+        for (_, reason, _), evicted in counts.evictions.items():
+            events[reason] += evicted.events
+            tokens[reason] += evicted.tokens
+    for reason in sorted(events | tokens):
+        if events[reason] or tokens[reason]:
+            yield f"{events[reason]} {reason} ({tokens[reason]} tokens, copy unknown)"
 
 
 def _prompt_tokens(models: Iterable[ModelCounts]) -> Counter[str]:
