@@ -75,6 +75,13 @@ def test_each_link_leads_somewhere(target: str) -> None:
     assert (ROOT / target).exists()
 
 
+def test_nothing_tells_a_reader_to_install_a_package_that_is_not_published() -> None:
+    unit = (ROOT / "deploy" / "kvscope.service").read_text(encoding="utf-8")
+    assert "pip install ." in unit
+    for text in (README, unit):
+        assert not re.search(r"pipx? install kvscope", text)
+
+
 def test_every_metric_it_names_is_documented() -> None:
     documented = (ROOT / "docs" / "METRICS.md").read_text(encoding="utf-8")
     for name in set(re.findall(r"`(kvscope_\w+)`", README)):
