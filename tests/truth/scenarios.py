@@ -20,6 +20,7 @@ from tests.truth.stage import (
 )
 
 Counters = Mapping[str, float]
+MILLION = 1_000_000
 SURELY_SEEN_MS = 3000.0
 """Longer than the 2 s between two looks at an idle server."""
 
@@ -336,6 +337,23 @@ async def shift(stage: Stage) -> None:
     )
 
 
+async def million(stage: Stage) -> None:
+    """Reused tokens beyond a million, where llama.cpp prints its counter in steps of ten."""
+    server = await stage.server()
+    talk = stage.tokens(3000, 3600)
+    while (await server.counters())["prompt_tokens_cached_total"] < MILLION:
+        for _ in range(50):
+            await server.complete(talk, 1)
+    await stage.watch(main=server)
+    for _ in range(5):
+        await stage.paced(server, talk[: stage.random.randint(500, 2900)] + stage.tokens(20, 90), 12)
+        await stage.pause(0.5)
+    held = await stage.held_row(server)
+    await stage.settle(
+        lambda figures: [*stage.token_rows(figures), *held(figures), *stage.paced_rows(figures)]
+    )
+
+
 def _other_evictions(figures: Figures) -> float:
     named = figures.by("reason", "kvscope_evictions_total", server="main")
     right = ("context_shift", "idle_clear", "unknown")
@@ -492,6 +510,7 @@ SCENARIOS: Mapping[str, Callable[[Stage], Awaitable[None]]] = {
     "sleep": sleep,
     "not_lost": not_lost,
     "shift": shift,
+    "million": million,
     "erase": erase,
     "no_metrics": no_metrics,
     "two": two,
