@@ -679,6 +679,32 @@ async def test_readings_age_out_and_counters_stay(server: FakeServer, watch: Wat
     assert watched.box.counts == before.counts
 
 
+async def test_one_lost_look_blanks_nothing_and_what_aged_out_does_not_come_back(
+    server: FakeServer, watch: Watch
+) -> None:
+    watched = watch(server, sleep_idle="off")
+    await watched.watch(20)
+    server.answers = dict.fromkeys(("/props", "/slots"), status(500))
+    builds = [(await watched.look()).build for _ in range(12)]
+    known = builds.count("b11549-abcdef")
+    assert known > 1
+    assert builds == ["b11549-abcdef"] * known + [None] * (12 - known)
+
+
+async def test_slots_that_are_left_alone_stay_valid_however_long_the_pauses_are(
+    server: FakeServer, watch: Watch
+) -> None:
+    server.work(0, 50, 5)
+    watched = watch(server, idle_interval_seconds=20.0)
+    await watched.look(3)
+    watched.clock.seconds -= 1
+    assert watched.poller._publish_now().slots[0].context_tokens == 54
+    server.sleep()
+    await watched.look(2)
+    watched.clock.seconds -= 1
+    assert watched.poller._publish_now().slots[0].context_tokens == 0
+
+
 async def test_a_reading_ages_out_on_time_while_a_look_still_waits_for_an_answer(
     server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -45,6 +45,7 @@ MOST_CLAIMS = 256
 COARSEST_STEP_RATIO = 0.05
 """A prefill that is told only to more than 5 % is not told."""
 
+_AWAY = frozenset({ServerState.UNREACHABLE, ServerState.UNAUTHORIZED, ServerState.NOT_LLAMA_SERVER})
 _SEEN_WITHOUT_SLOTS = frozenset({ServerState.STALLED, ServerState.SLEEPING})
 
 
@@ -55,7 +56,9 @@ class History:
     *_seen: monotonic seconds of the last good reading. gap: a look failed since the slots were last
     seen. slots_tell_tokens: None until a slot worked; older builds show only that it works.
     last_process: (pid, start) of the last process seen behind these slots. counted: what was settled of
-    the counters so far, which are printed rounded. counts: by model; those of models that left stay.
+    the counters so far, which are printed rounded. read_every: seconds after which each source's newest
+    reading was to be followed by the next, which decide how long it stays valid. counts: by model; those
+    of models that left stay.
     """
 
     name: str
@@ -82,6 +85,7 @@ class History:
     last_restart_at: float | None = None
     counts: Mapping[str | None, ModelCounts] = field(default_factory=dict)
     sources: Mapping[str, SourceBox] = field(default_factory=dict)
+    read_every: Mapping[Source, float] = field(default_factory=dict)
     problem: str | None = None
 
     @property
@@ -186,6 +190,7 @@ def _with_frame(history: History, look: ServerLook) -> History:
         state=look.state,
         looks=history.looks + 1,
         sources=_sources(history.sources, look),
+        read_every=_read_every(history.read_every, look),
         gap=history.gap or not seen,
         metrics_available=(
             history.metrics_available if look.metrics_available is None else look.metrics_available
@@ -224,6 +229,25 @@ def _sources(sources: Mapping[str, SourceBox], look: ServerLook) -> Mapping[str,
         # One that is not asked at present has no interval.
         after[source] = replace(after.get(source, SourceBox()), interval_seconds=waited.get(Source(source)))
     return {source: after[source] for source in Source if source in after}
+
+
+def _read_every(before: Mapping[Source, float], look: ServerLook) -> Mapping[Source, float]:
+    """The pauses of a back-off make no old reading shorter or longer valid; slots that are left alone
+    are proven by what is asked instead.
+    """
+    if look.state in _AWAY:
+        return before
+    waited = dict(look.intervals)
+    read = {
+        Source.SLOTS: look.slots is not None or look.quiet or look.state is ServerState.SLEEPING,
+        Source.PROPS: look.props is not None,
+        Source.METRICS: look.counters is not None,
+    }
+    shortest = min(waited.values(), default=0.0)
+    return {
+        source: waited.get(source, shortest) if now else max(before.get(source, 0.0), waited.get(source, 0.0))
+        for source, now in read.items()
+    }
 
 
 def _with_process(history: History, look: ServerLook) -> History:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvscope.observed.server import Phase, ServerState
+from kvscope.observed.server import Phase, ServerState, Source
 from kvscope.snapshot import ServerBox, SlotBox
 from kvscope.tracking.history import History
 from kvscope.tracking.slots import SlotTrack, lru_places
@@ -26,8 +26,8 @@ STATES_UP = frozenset(
 def box(history: History, monotonic: float) -> ServerBox:
     """Return what views render of a history at one instant; readings that aged out are absent."""
     up = history.state in STATES_UP
-    slots_valid = _valid(history, history.slots_seen, "slots", monotonic)
-    props_valid = _valid(history, history.props_seen, "props", monotonic)
+    slots_valid = _valid(history, history.slots_seen, Source.SLOTS, monotonic)
+    props_valid = _valid(history, history.props_seen, Source.PROPS, monotonic)
     stalled = history.state is ServerState.STALLED
     ranks: dict[int, int] = {}
     if history.kv_unified is False and history.releases >= RELEASES_FOR_LRU:
@@ -41,7 +41,9 @@ def box(history: History, monotonic: float) -> ServerBox:
     if slots_valid and history.tracks:
         if not history.all_busy:
             deferred = 0  # only while every slot works can a request wait
-        elif history.counters is not None and _valid(history, history.counters_seen, "metrics", monotonic):
+        elif history.counters is not None and _valid(
+            history, history.counters_seen, Source.METRICS, monotonic
+        ):
             deferred = history.counters.requests_deferred
     known = props_valid or up
     props = history.props if known else None
@@ -83,9 +85,9 @@ def expires_at(history: History, monotonic: float) -> float | None:
     times = (
         seen + _validity(history, source)
         for seen, source in (
-            (history.slots_seen, "slots"),
-            (history.props_seen, "props"),
-            (history.counters_seen, "metrics"),
+            (history.slots_seen, Source.SLOTS),
+            (history.props_seen, Source.PROPS),
+            (history.counters_seen, Source.METRICS),
         )
         if seen is not None
     )
@@ -97,12 +99,11 @@ def validity_seconds(interval_seconds: float) -> float:
     return max(VALID_POLLS * interval_seconds, SHORTEST_VALIDITY_SECONDS)
 
 
-def _validity(history: History, source: str) -> float:
-    box = history.sources.get(source)
-    return validity_seconds((box.interval_seconds if box else None) or 0.0)
+def _validity(history: History, source: Source) -> float:
+    return validity_seconds(history.read_every.get(source, 0.0))
 
 
-def _valid(history: History, seen: float | None, source: str, monotonic: float) -> bool:
+def _valid(history: History, seen: float | None, source: Source, monotonic: float) -> bool:
     return seen is not None and monotonic <= seen + _validity(history, source)
 
 
