@@ -199,12 +199,13 @@ def _shrunk(before: SlotSeen, now: SlotSeen, surroundings: Surroundings) -> Loss
             return Loss(now.id, Reason.CONTEXT_SHIFT, held + max(0, grown) - held_now)
         return None  # a batch in flight that was taken back
     elsewhere = surroundings.tasks_begun > 0
+    cleared_for_others = elsewhere and surroundings.kv_unified is not False
     # A child of `n > 1` is cleared at its end, a cancelled batch is taken back: no loss.
-    if before.processing and (held_now or not elsewhere):
+    if before.processing and (held_now or not cleared_for_others):
         return None
     if held_now:
         return Loss(now.id, Reason.UNKNOWN, held - held_now)
     if not elsewhere:
         return Loss(now.id, Reason.ERASE, held)
-    clears = surroundings.kv_unified is not False and not surroundings.pool_may_have_filled
-    return Loss(now.id, Reason.IDLE_CLEAR if clears else Reason.UNKNOWN, held)
+    surely_cleared = cleared_for_others and not surroundings.pool_may_have_filled
+    return Loss(now.id, Reason.IDLE_CLEAR if surely_cleared else Reason.UNKNOWN, held)

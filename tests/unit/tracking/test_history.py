@@ -224,6 +224,13 @@ class TestEvictions:
         watch.see(idle(0, 2, 327), idle(1, 3, 0), counters=counted(320, 0, 16))
         assert watch.evictions == {}
 
+    def test_with_separate_slots_a_child_is_no_eviction_even_as_another_task_begins(self) -> None:
+        watch = Watch(unified=False)
+        watch.see(never_used(0), never_used(1), never_used(2), counters=counted())
+        watch.see(never_used(0), decode(1, 2, 320, 0, 3), decode(2, 3, 0, 320, 3))
+        watch.see(prefill(0, 9, 0, 0, 100), idle(1, 2, 327), idle(2, 3, 0), counters=counted(320, 0, 16))
+        assert watch.evictions == {}
+
     def test_a_cancelled_request_that_takes_its_batch_back_is_no_eviction(self) -> None:
         watch = started()
         watch.see(never_used(0), prefill(1, 3, 512, 0, 2048))
