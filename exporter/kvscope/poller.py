@@ -45,7 +45,7 @@ _WORTH_BACKING_OFF = frozenset(
     {ServerState.UNREACHABLE, ServerState.UNAUTHORIZED, ServerState.NOT_LLAMA_SERVER}
 )
 
-_MAY_HAVE_BEEN_REPLACED = frozenset({ServerState.UNREACHABLE, ServerState.LOADING})
+_MAY_HAVE_BEEN_REPLACED = frozenset(ServerState) - {ServerState.READY, ServerState.SLEEPING}
 
 
 class Poller:

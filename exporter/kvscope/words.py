@@ -45,7 +45,7 @@ class Words:
                 self._remark(logging.WARNING, problem)
         self._news = []
         if before is not None and after.restarts > before.restarts:
-            self._say(logging.INFO, "was restarted; its slots are empty")
+            self._say(logging.INFO, "was restarted; what its slots held is gone")
 
     def note_answers(self, answers: Iterable[SourceAnswer]) -> None:
         """Keep what is new in them for the end of the look."""

@@ -18,8 +18,11 @@ _LLAMA_SERVER = re.compile(
     r"[\w.-]*(?<!o)llama[-_.]?(?:cpp[-_.]?)?server[\w.-]*|[\w.-]*llamafile[\w.-]*|llama(?:\.exe)?",
     re.IGNORECASE,
 )
+_STANDS_BEFORE_ONE = re.compile("proxy|tunnel|swap|exporter", re.IGNORECASE)
 _PYTHON = re.compile(r"(?:python|pypy)w?[\d.]*(?:\.exe)?", re.IGNORECASE)
 _PYTHON_OPTIONS_WITH_VALUE = frozenset({"-X", "-W", "--check-hash-based-pycs"})
+_seen: dict[tuple[int, float], psutil.Process] = {}
+"""Processes found so far and not ended: psutil knows them by a start that no step of the clock moves."""
 _WILDCARDS = ("0.0.0.0", "::")  # noqa: S104 - looked for, not listened on
 
 
@@ -59,11 +62,16 @@ def find_server_process(settings: ServerSettings) -> ServerProcess:
 
 def is_alive(process: ServerProcess) -> bool:
     """Return whether this very process still runs (its pid was not given to another)."""
+    seen = _seen.get((process.pid, process.started_at))
     try:
-        found = psutil.Process(process.pid)
-        return abs(found.create_time() - process.started_at) < 0.01 and found.status() != psutil.STATUS_ZOMBIE
+        found = seen or psutil.Process(process.pid)
+        same = found.is_running() if seen else abs(found.create_time() - process.started_at) < 0.01
+        if same and found.status() != psutil.STATUS_ZOMBIE:
+            return True
     except (psutil.Error, OSError):
-        return False
+        pass
+    _seen.pop((process.pid, process.started_at), None)
+    return False
 
 
 def _read(pid: int) -> ServerProcess:
@@ -78,6 +86,7 @@ def _read(pid: int) -> ServerProcess:
     # A container's proxy listens for a server whose own flags are out of sight.
     if not is_llama_server(command_line):
         raise NotReadableError(f"the process that listens there, {name}, is no llama-server")
+    _seen[pid, started_at] = process
     return ServerProcess(
         pid=pid,
         started_at=started_at,
@@ -92,7 +101,8 @@ def is_llama_server(command_line: Sequence[str]) -> bool:
     Only the program's own name counts: proxies and tunnels name the server that they lead to among
     their arguments, and proxies and launchers like llama-swap or ollama have flags of their own.
     """
-    return bool(command_line) and _LLAMA_SERVER.fullmatch(_program(command_line)) is not None
+    program = _program(command_line) if command_line else ""
+    return _LLAMA_SERVER.fullmatch(program) is not None and not _STANDS_BEFORE_ONE.search(program)
 
 
 def _program(command_line: Sequence[str]) -> str:

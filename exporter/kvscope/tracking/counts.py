@@ -109,7 +109,7 @@ def with_losses(counts: ModelCounts, losses: Iterable[Loss]) -> ModelCounts:
 
 
 def with_increase(counts: ModelCounts, last: ServerCounters, now: ServerCounters) -> ModelCounts:
-    """Return the counts after the server's own counters grew: seconds and draft tokens.
+    """Return the counts after the server's own counters of seconds grew.
 
     last and now tell the same counters (see `restarts.with_gaps_filled`).
     The server's seconds are wall time: several prompts read in one batch count once.
@@ -117,18 +117,17 @@ def with_increase(counts: ModelCounts, last: ServerCounters, now: ServerCounters
     if counts.unattributed_tokens is None:
         kinds = ["computed", "generated"] + (["reused"] if now.reused_tokens is not None else [])
         counts = replace(counts, unattributed_tokens=dict.fromkeys(kinds, 0))
-    drafts = counts.draft_tokens
-    if now.drafted_tokens is not None and now.draft_accepted_tokens is not None:
-        drafted = max(0, now.drafted_tokens - (last.drafted_tokens or 0))
-        accepted = max(0, now.draft_accepted_tokens - (last.draft_accepted_tokens or 0))
-        drafts = _added(drafts or {"accepted": 0, "rejected": 0}, "accepted", accepted)
-        drafts = _added(drafts, "rejected", max(0, drafted - accepted))
     return replace(
         counts,
         prefill_seconds=_grown(counts.prefill_seconds, last.prefill_seconds, now.prefill_seconds),
         decode_seconds=_grown(counts.decode_seconds, last.decode_seconds, now.decode_seconds),
-        draft_tokens=drafts,
     )
+
+
+def with_drafts(counts: ModelCounts, accepted: int, rejected: int) -> ModelCounts:
+    """Return the counts after so many drafted tokens were accepted, and so many were not."""
+    drafts = _added(counts.draft_tokens or {"accepted": 0, "rejected": 0}, "accepted", accepted)
+    return replace(counts, draft_tokens=_added(drafts, "rejected", rejected))
 
 
 def with_settlement(counts: ModelCounts, settlement: Settlement) -> ModelCounts:

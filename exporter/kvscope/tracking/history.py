@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -18,11 +19,12 @@ from kvscope.observed.server import (
 from kvscope.snapshot import ModelCounts, SourceBox
 from kvscope.tracking import counts as counting
 from kvscope.tracking.claims import Claim, Claims, Tokens, claims_after, seen_at_work, without_past
-from kvscope.tracking.ledger import Settlement, awaits_counters, settle, settle_without_counters
+from kvscope.tracking.ledger import Finished, Settlement, awaits_counters, settle, settle_without_counters
 from kvscope.tracking.restarts import (
     counting_from_zero,
     restarted,
     task_numbers_went_back,
+    with_first_readings,
     with_gaps_filled,
     work,
 )
@@ -55,10 +57,11 @@ class History:
 
     *_seen: monotonic seconds of the last good reading. gap: a look failed since the slots were last
     seen. slots_tell_tokens: None until a slot worked; older builds show only that it works.
-    last_process: (pid, start) of the last process seen behind these slots. counted: what was settled of
-    the counters so far, which are printed rounded. read_every: seconds after which each source's newest
-    reading was to be followed by the next, which decide how long it stays valid. counts: by model; those
-    of models that left stay.
+    last_process: (pid, start) of the last process seen behind these slots. counted: what was settled
+    of the counters so far, which are printed rounded. from_zero: the next counters are a new
+    process's first. rejected_owed: drafted tokens that rounding hides or shows too early.
+    read_every: seconds after which each source's newest reading was to be followed by the next, which
+    decide how long it stays valid. counts: by model; those of models that left stay.
     """
 
     name: str
@@ -78,6 +81,8 @@ class History:
     counters: ServerCounters | None = None
     counted: Tokens = field(default_factory=Tokens)
     counters_seen: float | None = None
+    from_zero: bool = False
+    rejected_owed: int = 0
     claims: Claims = field(default_factory=dict)
     looks: int = 0
     releases: int = 0
@@ -152,12 +157,12 @@ def of_another_process(history: History, counters: ServerCounters) -> bool:
 def advance(history: History, look: ServerLook) -> History:
     """Return the history after one look. Pure: the clock is in the look."""
     elapsed = None if history.slots_seen is None else look.monotonic - history.slots_seen
-    was_away = history.state is ServerState.UNREACHABLE
+    was_away = history.state in (ServerState.UNREACHABLE, ServerState.LOADING)
     history = _with_frame(history, look)
     if look.counters_readable is False and history.counters is not None:
         history = replace(history, counters=None, counted=Tokens(), counters_seen=None)
     if _process_was_replaced(history, look) or _shows_restart(history, look, was_away):
-        history = _restart(history, look.at)
+        history, elapsed = _restart(history, look.at), None
     history = _with_props(_with_process(history, look), look)
     first = not history.tracks and history.counters is None
     if look.state is ServerState.SLEEPING:
@@ -417,15 +422,24 @@ def _asleep(history: History, look: ServerLook) -> History:
 
 def _with_counters(history: History, look: ServerLook, counters: ServerCounters, first: bool) -> History:
     last = history.counters
-    if last is None:
+    if history.from_zero:
+        last = counting_from_zero(counters)
+        history = replace(history, counted=Tokens(), from_zero=False)
+    elif last is None:
         # What was counted before the first look is not ours.
         last = counters
-        claims = history.claims if first else without_past(history.claims)
-        history = replace(history, claims=claims, counted=_tokens(counters))
-    now, last = with_gaps_filled(counters, last), with_gaps_filled(last, counters)
-    if history.counters is not None and history.counters.reused_tokens is None and now.reused_tokens:
+        if not first:
+            history = _settled(history, settle(history.claims, Tokens()))
+            history = replace(history, claims=without_past(history.claims))
+        history = replace(history, counted=_tokens(counters))
+    now = with_gaps_filled(counters, last)
+    if last.reused_tokens is None and now.reused_tokens is not None:
         history = replace(history, counted=replace(history.counted, reused=now.reused_tokens))
+    last = with_first_readings(last, now)
+    if counters.prefill_seconds is None:
+        now = replace(now, prefill_seconds_step=math.inf)
     history = replace(history, counters=now, counters_seen=look.monotonic)
+    history = _with_drafts(history, last, now)
     history = _with_counts(history, counting.with_increase(_counts(history), last, now))
     increase = _tokens(now) - history.counted
     if now.reused_tokens is None:
@@ -433,24 +447,33 @@ def _with_counters(history: History, look: ServerLook, counters: ServerCounters,
         shown = sum(claim.firm.reused for claims in history.claims.values() for claim in claims)
         increase = replace(increase, reused=shown)
     steps = Tokens(now.computed_step, now.reused_step, now.generated_step)
-    history, increase = _without_going_back(history, now, increase, steps)
     if not history.claims and increase.within(Tokens(), steps):
         return history
     settlement = settle(
         history.claims, increase, _prefill_seconds(last, now), consistent=look.consistent, steps=steps
     )
-    return _settled(replace(history, counted=history.counted + settlement.given), settlement)
+    finished = tuple(_told_finely(done, now.prefill_seconds_step) for done in settlement.finished)
+    history = replace(history, counted=history.counted + settlement.given)
+    return _settled(history, replace(settlement, finished=finished))
 
 
-def _without_going_back(
-    history: History, now: ServerCounters, increase: Tokens, steps: Tokens
-) -> tuple[History, Tokens]:
-    """A counter that went back in one process is counted on from where it is now."""
-    counted, grown = list(history.counted.kinds), list(increase.kinds)
-    for kind, step in enumerate(steps.kinds):
-        if grown[kind] < (0 if step == 1 else -step):
-            counted[kind], grown[kind] = _tokens(now).kinds[kind], 0
-    return replace(history, counted=Tokens(*counted)), Tokens(*grown)
+def _with_drafts(history: History, last: ServerCounters, now: ServerCounters) -> History:
+    if now.drafted_tokens is None or now.draft_accepted_tokens is None:
+        return history
+    drafted = now.drafted_tokens - (last.drafted_tokens or 0)
+    accepted = now.draft_accepted_tokens - (last.draft_accepted_tokens or 0)
+    owed = history.rejected_owed + drafted - accepted
+    rejected = max(0, owed)
+    history = replace(history, rejected_owed=owed - rejected)
+    return _with_counts(history, counting.with_drafts(_counts(history), accepted, rejected))
+
+
+def _told_finely(done: Finished, step: float) -> Finished:
+    """The request without its prefill seconds where the step they are printed in hides them."""
+    seconds = done.claim.prefill_seconds
+    if seconds is None or step <= seconds * COARSEST_STEP_RATIO:
+        return done
+    return replace(done, claim=replace(done.claim, prefill_seconds=None))
 
 
 def _tokens(counters: ServerCounters) -> Tokens:
@@ -458,13 +481,12 @@ def _tokens(counters: ServerCounters) -> Tokens:
 
 
 def _prefill_seconds(last: ServerCounters, now: ServerCounters) -> float | None:
-    """Growth of the prefill seconds, None where the steps they are printed in hide it."""
+    """Growth of the prefill seconds, None where an answer lacked them."""
     if now.prefill_seconds is None or last.prefill_seconds is None:
         return None
-    grown = now.prefill_seconds - last.prefill_seconds
-    if now.computed_tokens == last.computed_tokens and not grown:
-        return 0.0
-    return grown if now.prefill_seconds_step <= grown * COARSEST_STEP_RATIO else None
+    if math.inf in (last.prefill_seconds_step, now.prefill_seconds_step):
+        return None
+    return now.prefill_seconds - last.prefill_seconds
 
 
 def _settled(history: History, settlement: Settlement) -> History:
@@ -519,6 +541,7 @@ def _restart(history: History, at: float) -> History:
         claims={},
         # All that the new process counted is new, even where it passed the old one.
         counters=None if counters is None else counting_from_zero(counters),
+        from_zero=True,
         counted=Tokens(),
         # Whichever process is found next is this new one.
         last_process=None,
@@ -527,4 +550,5 @@ def _restart(history: History, at: float) -> History:
         restarts=history.restarts + 1,
         last_restart_at=at,
         releases=0,
+        rejected_owed=0,
     )

@@ -127,7 +127,7 @@ def settle_without_counters(claims: Claims) -> Settlement:
 def _read_through_rounding(claims: Claims, increase: Tokens, steps: Tokens) -> tuple[Tokens, bool]:
     """Return the increase as it was before it was rounded, and whether that is still a rough figure."""
     if steps == EXACT:
-        return increase, False
+        return increase.at_least_zero(), False
     alone = [claim for of_slot in claims.values() for claim in of_slot]
     if not alone:
         nothing_moved = Tokens().within(increase, steps)

@@ -45,7 +45,8 @@ def box(history: History, monotonic: float) -> ServerBox:
             history, history.counters_seen, Source.METRICS, monotonic
         ):
             deferred = history.counters.requests_deferred
-    known = props_valid or up
+    # What loads may be another model; anything else that is up was not replaced.
+    known = props_valid or (up and history.state is not ServerState.LOADING)
     props = history.props if known else None
     return ServerBox(
         name=history.name,

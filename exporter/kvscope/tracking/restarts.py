@@ -62,20 +62,38 @@ def task_numbers_went_back(before: Iterable[SlotSeen], now: Iterable[SlotSeen]) 
     return highest_before is not None and highest_now is not None and highest_now < highest_before
 
 
-def with_gaps_filled(counters: ServerCounters, other: ServerCounters) -> ServerCounters:
-    """Return counters where one that is missing has the value of another reading of the process.
+def with_gaps_filled(counters: ServerCounters, last: ServerCounters) -> ServerCounters:
+    """Return a reading of a process as it must be after the one before.
 
-    A line that one answer lacks has not gone back to 0; one that appears later grew from its own value.
+    A counter that one answer lacks, or shows lower, has not gone back: in one process they only grow.
     """
 
-    def either(mine: _Number | None, its: _Number | None) -> _Number | None:
-        return its if mine is None else mine
+    def grown(now: _Number | None, before: _Number | None) -> _Number | None:
+        return before if now is None else now if before is None else max(now, before)
 
     return replace(
         counters,
-        reused_tokens=either(counters.reused_tokens, other.reused_tokens),
-        prefill_seconds=either(counters.prefill_seconds, other.prefill_seconds),
-        decode_seconds=either(counters.decode_seconds, other.decode_seconds),
-        drafted_tokens=either(counters.drafted_tokens, other.drafted_tokens),
-        draft_accepted_tokens=either(counters.draft_accepted_tokens, other.draft_accepted_tokens),
+        computed_tokens=max(counters.computed_tokens, last.computed_tokens),
+        generated_tokens=max(counters.generated_tokens, last.generated_tokens),
+        reused_tokens=grown(counters.reused_tokens, last.reused_tokens),
+        prefill_seconds=grown(counters.prefill_seconds, last.prefill_seconds),
+        decode_seconds=grown(counters.decode_seconds, last.decode_seconds),
+        drafted_tokens=grown(counters.drafted_tokens, last.drafted_tokens),
+        draft_accepted_tokens=grown(counters.draft_accepted_tokens, last.draft_accepted_tokens),
+    )
+
+
+def with_first_readings(last: ServerCounters, now: ServerCounters) -> ServerCounters:
+    """Return the last reading where a counter that it lacked stands at its first value, now's."""
+
+    def either(before: _Number | None, first: _Number | None) -> _Number | None:
+        return first if before is None else before
+
+    return replace(
+        last,
+        reused_tokens=either(last.reused_tokens, now.reused_tokens),
+        prefill_seconds=either(last.prefill_seconds, now.prefill_seconds),
+        decode_seconds=either(last.decode_seconds, now.decode_seconds),
+        drafted_tokens=either(last.drafted_tokens, now.drafted_tokens),
+        draft_accepted_tokens=either(last.draft_accepted_tokens, now.draft_accepted_tokens),
     )

@@ -251,3 +251,8 @@ def test_whether_slots_share_a_pool_is_decided_as_llama_server_does(
     flags: list[str], environment: dict[str, str], expected: bool | None
 ) -> None:
     assert kv_unified(["llama-server", *flags], environment) is expected
+
+
+@pytest.mark.parametrize("name", ["llama-server-proxy", "/opt/llama-server-tunnel", "llama-server-exporter"])
+def test_what_stands_before_a_llama_server_is_none(name: str) -> None:
+    assert not is_llama_server([name, "--port", "8080"])

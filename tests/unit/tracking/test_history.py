@@ -12,7 +12,7 @@ from tests.unit.tracking.looks import (
     prefill,
 )
 
-from kvscope.observed.server import Phase, ServerProcess, ServerProps, ServerState
+from kvscope.observed.server import Phase, ServerCounters, ServerProcess, ServerProps, ServerState
 from kvscope.tracking.history import MOST_CLAIMS, MOST_MODELS, counters_moved, looks_restarted
 from kvscope.tracking.publish import box, expires_at
 
@@ -541,6 +541,8 @@ class TestOneOddAnswer:
         watch.see(never_used(0), idle(1, 1, 1015), counters=counted(1000, 0, 16))
         watch.see(never_used(0), idle(1, 1, 1015), counters=counted(400, 0, 16))
         watch.see(never_used(0), idle(1, 9, 65), counters=counted(450, 0, 32))
+        assert watch.counts.slots[1].prompt_tokens["computed"] == 1000
+        watch.see(never_used(0), idle(1, 20, 65), counters=counted(1050, 0, 48))
         assert watch.counts.slots[1].prompt_tokens["computed"] == 1050
 
     def test_prefill_seconds_that_are_not_told_are_not_zero(self) -> None:
@@ -610,3 +612,78 @@ class TestTheProcess:
         assert watch.history.restarts == 1
         lost = watch.history.counts["a"].evictions["slot", "restart", "unknown"]
         assert (lost.events, lost.tokens) == (1, 315)
+
+
+class TestWhatARestartLeaves:
+    def test_the_time_in_which_a_server_was_away_is_no_phase_of_its_slots(self) -> None:
+        watch = started()
+        watch.see(never_used(0), idle(1, 9, 315), counters=counted(300, 0, 16))
+        before = watch.counts.slots[0].phase_seconds[Phase.IDLE]
+        watch.lose_a_poll()
+        watch.see(never_used(0), never_used(1), counters=counted(identity="second"), after=600)
+        assert watch.counts.slots[0].phase_seconds[Phase.IDLE] == before
+
+    def test_a_server_that_loads_after_it_was_away_was_restarted_even_where_no_counter_tells(self) -> None:
+        watch = Watch()
+        watch.see(idle(0, 90, 315), counters_readable=False)
+        watch.lose_a_poll()
+        watch.lose_a_poll(ServerState.LOADING)
+        watch.see(never_used(0), counters_readable=False)
+        assert watch.history.restarts == 1
+        assert watch.evictions == {"restart": (1, 315)}
+
+    def test_a_new_build_without_a_counter_of_reused_tokens_goes_on_by_what_slots_show(self) -> None:
+        watch = started()
+        watch.see(never_used(0), idle(1, 9, 315), counters=counted(300, 0, 16))
+        new = counted(50, None, 16, identity="second")
+        watch.see(idle(0, 1, 65), never_used(1), counters=new)
+        assert not counters_moved(watch.history, new)
+        watch.see(decode(0, 2, 20, 64, 3), never_used(1))
+        watch.see(idle(0, 2, 103), never_used(1), counters=counted(70, None, 36, identity="second"))
+        assert watch.counts.slots[0].prompt_tokens == {"computed": 70, "unknown": 64}
+
+    def test_all_that_a_new_process_counted_is_new_whatever_the_old_one_offered(
+        self,
+    ) -> None:
+        watch = Watch()
+        watch.see(idle(0, 90, 315), counters_readable=False)
+        watch.see(idle(0, 2, 665), counters_readable=False)
+        watch.see(idle(0, 2, 665), counters=counted(600, 50, 16, identity="second"))
+        left = watch.counts.unattributed_tokens
+        assert (left["computed"], left["reused"], left["generated"]) == (600, 50, 16)
+
+
+def test_one_low_answer_of_the_same_process_counts_nothing_twice() -> None:
+    watch = started()
+    full = counted(1000, 100, 16, prefill_seconds=1.0)
+    watch.see(never_used(0), idle(1, 1, 1115), counters=full)
+    watch.see(never_used(0), idle(1, 1, 1115), counters=counted(0, 0, 0))
+    watch.see(never_used(0), idle(1, 1, 1115), counters=full)
+    assert watch.counts.slots[1].prompt_tokens == {"computed": 1000, "unknown": 100}
+    assert watch.counts.unattributed_tokens == {"computed": 0, "generated": 0, "reused": 0}
+    assert watch.counts.prefill_seconds == 1.0
+
+
+def test_drafts_printed_coarsely_are_accepted_and_rejected_in_their_true_proportion() -> None:
+    watch = Watch()
+
+    def drafts(drafted: int, accepted: int) -> ServerCounters:
+        return replace(counted(), drafted_tokens=drafted, draft_accepted_tokens=accepted)
+
+    watch.see(never_used(0), counters=drafts(1_000_000, 900_000))
+    drafted, accepted = 1_000_000, 900_000
+    for _ in range(300):
+        drafted, accepted = drafted + 5, accepted + 4
+        watch.see(never_used(0), counters=drafts(round(drafted, -1), accepted))
+    assert watch.counts.draft_tokens["accepted"] == 1200
+    assert watch.counts.draft_tokens["rejected"] == pytest.approx(300, abs=10)
+
+
+def test_requests_that_ended_while_the_counters_failed_from_the_start_are_counted() -> None:
+    watch = Watch()
+    watch.see(never_used(0), counters_readable=None)
+    for task in (1, 2, 3):
+        watch.see(idle(0, task, 100), counters_readable=None)
+    watch.see(idle(0, 3, 100), counters=counted(500, 0, 60))
+    assert watch.counts.requests == {"unknown": 3}
+    assert watch.counts.slots[0].prompt_tokens["computed"] == 0
