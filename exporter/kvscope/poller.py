@@ -170,18 +170,24 @@ class Poller:
             return
         replaced = replaced or self._history.state in _MAY_HAVE_BEEN_REPLACED
         new = bool(slots) and (not self._history.tracks or replaced or looks_restarted(self._history, slots))
+        before = self._history
         if not new:
             self._advance(ServerState.READY, slots, props=props)
             props = None
         elif props is None:
             props = await self._props_of_new_process()
         if self._counters_wanted(props, new=new, moved=moved):
-            await self._settle(slots, props, new)
+            await self._settle(slots, props, new, before)
         elif new:
             self._advance(ServerState.READY, slots, props=props)
 
-    async def _settle(self, slots: tuple[SlotSeen, ...], props: ServerProps | None, new: bool) -> None:
-        """Read the counters between two looks at /slots, so that both belong together."""
+    async def _settle(
+        self, slots: tuple[SlotSeen, ...], props: ServerProps | None, new: bool, before: History
+    ) -> None:
+        """Read the counters between two looks at /slots, so that both belong together.
+
+        before: the history without these slots, which are a new process's if the counters say so.
+        """
         counters: ServerCounters | None = None
         consistent = False
         for _ in range(COUNTER_READINGS_A_LOOK):
@@ -189,6 +195,9 @@ class Poller:
             if newer is None:
                 break
             counters = newer
+            if not new and of_another_process(before, counters):
+                self._history, new = before, True
+                props = await self._props_of_new_process()
             after, state = await self._slots()
             if after is None:
                 self._advance(state, props=props)

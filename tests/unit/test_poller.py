@@ -931,3 +931,20 @@ async def test_the_process_is_a_source_that_goes_down_with_it_and_is_none_where_
     alive.clear()
     gone = (await watched.look()).sources["process"]
     assert (gone.up, gone.failures) == (False, 1)
+
+
+async def test_a_restart_between_two_looks_with_higher_task_numbers_costs_only_what_was_held(
+    server: FakeServer, watch: Watch
+) -> None:
+    """Out of sight of the process, only the counters tell that these are another one's slots."""
+    watched = watch(server, sleep_idle="off")
+    server.work(0, 50, 5)
+    await watched.look(2)
+    server.restart()
+    for _ in range(3):
+        server.work(0, 700, 9)
+    await watched.look(2)
+    counts = watched.box.counts[0]
+    lost = {reason: count.tokens for (_, reason, _), count in counts.evictions.items() if count.tokens}
+    assert watched.box.restarts == 1
+    assert lost == {"restart": 54}
