@@ -25,6 +25,14 @@ class ModelHeader:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelSeen:
+    """The shape of the model that a server loaded. given: a setting named its file or its shape."""
+
+    header: ModelHeader
+    given: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class ContextSettings:
     """What a command line and its environment say of a server's context; None: nothing is said.
 

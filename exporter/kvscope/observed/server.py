@@ -6,8 +6,10 @@ a slot that never worked. None is never read as 0.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
+
+from kvscope.observed.model import ContextSettings, ModelSeen
 
 
 class Phase(StrEnum):
@@ -38,6 +40,7 @@ class Source(StrEnum):
     METRICS = "metrics"
     PROPS = "props"
     PROCESS = "process"
+    MODEL_FILE = "model_file"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +93,8 @@ class ServerCounters:
 class ServerProps:
     """What /props says of the server and its model.
 
-    model: the name served, without directories, `.gguf` and shard suffix.
+    model: the name served, without directories, `.gguf` and shard suffix. model_path: where the server
+    found its file; it never leaves the exporter.
     sleeping: None on builds that cannot sleep (they have no `is_sleeping`).
     """
 
@@ -102,6 +106,7 @@ class ServerProps:
     sleeping: bool | None = None
     slots_endpoint: bool | None = None
     metrics_endpoint: bool | None = None
+    model_path: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,13 +114,16 @@ class ServerProcess:
     """The local process that listens on the server's port.
 
     started_at: Unix seconds. sleep_idle_seconds: None where the server never sleeps.
-    kv_unified: None where the command line does not decide it.
+    kv_unified: None where the command line does not decide it. settings: what its command line and
+    environment say. working_directory: where relative paths in them begin.
     """
 
     pid: int
     started_at: float
     sleep_idle_seconds: float | None = None
     kv_unified: bool | None = None
+    settings: ContextSettings = field(default_factory=ContextSettings)
+    working_directory: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,8 +147,8 @@ class ServerLook:
     /metrics and /props show that no request ran, so the last slots still hold (a slot that was
     erased or restored meanwhile moves no counter).
     consistent: /slots was the same before and after /metrics was read, so the counters belong to
-    exactly these slots. metrics_available: the server offers /metrics; counters_readable: and we may
-    ask for it.
+    exactly these slots. model: the shape of the model, where its file or a setting tells it.
+    metrics_available: the server offers /metrics; counters_readable: and we may ask for it.
     """
 
     at: float
@@ -153,6 +161,7 @@ class ServerLook:
     props: ServerProps | None = None
     process: ServerProcess | None = None
     process_readable: bool = False
+    model: ModelSeen | None = None
     metrics_available: bool | None = None
     counters_readable: bool | None = None
     answers: tuple[SourceAnswer, ...] = ()

@@ -17,6 +17,7 @@ from kvscope.observed.server import Phase, ServerCounters, ServerProps, SlotSeen
 LARGEST_COUNT = 2**53
 """Above it a JSON number is no exact integer any more; no server counts that far."""
 LONGEST_TEXT = 256
+LONGEST_PATH = 4096
 MOST_SLOTS = 1024
 """Each slot is some thirty series for ever; llama.cpp itself knows at most 256."""
 
@@ -109,10 +110,12 @@ def parse_props(body: bytes) -> tuple[ServerProps, tuple[str, ...]]:
     context = None
     if isinstance(defaults, dict):
         context = _Fields("/props", defaults, notes).count("n_ctx")
-    model = fields.text("model_alias") or fields.text("model_path")
+    path = fields.text("model_path", LONGEST_PATH)
+    model = fields.text("model_alias") or path
     return (
         ServerProps(
-            model=(model_name(model) or None) if model else None,
+            model=(model_name(model)[:LONGEST_TEXT] or None) if model else None,
+            model_path=path,
             build=fields.text("build_info"),
             file_type=fields.text("model_ftype"),
             total_slots=fields.count("total_slots"),
@@ -230,11 +233,11 @@ class _Fields:
         self.notes.append(f"{self._place}: {name} is {what}, not a count; left out")
         return None
 
-    def text(self, name: str) -> str | None:
+    def text(self, name: str, longest: int = LONGEST_TEXT) -> str | None:
         value = self._entry.get(name)
         if isinstance(value, str) and value.strip():
             # JSON may hold half a surrogate pair, which no output could encode.
-            return value[:LONGEST_TEXT].encode("utf-8", "replace").decode()
+            return value[:longest].encode("utf-8", "replace").decode()
         if value not in (None, "") and not isinstance(value, str):
             self.notes.append(f"{self._place}: {name} is {_kind(value)}, not a text; left out")
         return None
