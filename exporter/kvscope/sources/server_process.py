@@ -60,6 +60,11 @@ def find_server_process(settings: ServerSettings) -> ServerProcess:
     return _read(pid)
 
 
+def is_here(settings: ServerSettings) -> bool:
+    """Return whether a server answers on this machine, so that its paths may be ours."""
+    return settings.unix_socket is not None or bool(_addresses_here(urlsplit(settings.url).hostname or ""))
+
+
 def is_alive(process: ServerProcess) -> bool:
     """Return whether this very process still runs (its pid was not given to another)."""
     seen = _seen.get((process.pid, process.started_at))
