@@ -67,6 +67,46 @@ def unified(settings: ContextSettings) -> bool:
     return settings.slots is None or settings.slots < 0 or bool(settings.unified)
 
 
+def context_parameters(settings: ContextSettings, context_tokens: int, slots: int) -> ContextParameters:
+    """Return what llama-server asks llama_init_from_model for, with the size and slots that it decided on."""
+    rollback = 0
+    if _ROLL_BACK & set(settings.draft_kinds or ()):
+        rollback = (
+            DRAFT_TOKENS_WHEN_UNSAID if settings.draft_tokens_max is None else settings.draft_tokens_max
+        )
+    defaults = ContextParameters()
+    return ContextParameters(
+        context_tokens=context_tokens,
+        sequences=slots,
+        unified=unified(settings),
+        batch_tokens=settings.batch_tokens or defaults.batch_tokens,
+        micro_batch_tokens=settings.micro_batch_tokens or defaults.micro_batch_tokens,
+        cache_type_k=settings.cache_type_k or defaults.cache_type_k,
+        cache_type_v=settings.cache_type_v or defaults.cache_type_v,
+        swa_full=bool(settings.swa_full),
+        flash_attention=settings.flash_attention != "off",
+        rollback_snapshots=rollback,
+    )
+
+
+def draft_parameters(parameters: ContextParameters, settings: ContextSettings) -> ContextParameters | None:
+    """Return the context beside the main one that predicts with the model's own last layers, if any."""
+    if _OWN_LAYERS_DRAFT not in (settings.draft_kinds or ()) or settings.draft_model is not None:
+        return None
+    return ContextParameters(
+        context_tokens=parameters.context_tokens,
+        sequences=parameters.sequences,
+        unified=parameters.unified,
+        batch_tokens=parameters.batch_tokens,
+        micro_batch_tokens=parameters.micro_batch_tokens,
+        cache_type_k=settings.draft_cache_type_k or "f16",
+        cache_type_v=settings.draft_cache_type_v or "f16",
+        swa_full=parameters.swa_full,
+        flash_attention=parameters.flash_attention,
+        draft=True,
+    )
+
+
 def joined(*told: tuple[str, ContextSettings | None]) -> tuple[ContextSettings, Mapping[str, str]]:
     """Return one set of settings out of several, the first that says a thing before the others.
 
@@ -142,24 +182,7 @@ def _parameters(
             raise _NotTold("its context size is not given (-c), and /props does not tell it")
         context = props.context_limit_tokens * (1 if shared else slots)
         sources["context"] = "props"
-    rollback = 0
-    if _ROLL_BACK & set(settings.draft_kinds or ()):
-        rollback = (
-            DRAFT_TOKENS_WHEN_UNSAID if settings.draft_tokens_max is None else settings.draft_tokens_max
-        )
-    defaults = ContextParameters()
-    return ContextParameters(
-        context_tokens=context,
-        sequences=slots,
-        unified=shared,
-        batch_tokens=settings.batch_tokens or defaults.batch_tokens,
-        micro_batch_tokens=settings.micro_batch_tokens or defaults.micro_batch_tokens,
-        cache_type_k=settings.cache_type_k or defaults.cache_type_k,
-        cache_type_v=settings.cache_type_v or defaults.cache_type_v,
-        swa_full=bool(settings.swa_full),
-        flash_attention=settings.flash_attention != "off",
-        rollback_snapshots=rollback,
-    )
+    return context_parameters(settings, context, slots)
 
 
 def _refuse_contradiction(main: KvMemory, parameters: ContextParameters, props: ServerProps | None) -> None:
@@ -180,20 +203,5 @@ def _refuse_contradiction(main: KvMemory, parameters: ContextParameters, props: 
 
 
 def _draft(header: ModelHeader, parameters: ContextParameters, settings: ContextSettings) -> KvMemory | None:
-    if _OWN_LAYERS_DRAFT not in (settings.draft_kinds or ()) or settings.draft_model is not None:
-        return None
-    return kv_memory(
-        header,
-        ContextParameters(
-            context_tokens=parameters.context_tokens,
-            sequences=parameters.sequences,
-            unified=parameters.unified,
-            batch_tokens=parameters.batch_tokens,
-            micro_batch_tokens=parameters.micro_batch_tokens,
-            cache_type_k=settings.draft_cache_type_k or "f16",
-            cache_type_v=settings.draft_cache_type_v or "f16",
-            swa_full=parameters.swa_full,
-            flash_attention=parameters.flash_attention,
-            draft=True,
-        ),
-    )
+    draft = draft_parameters(parameters, settings)
+    return None if draft is None else kv_memory(header, draft)
