@@ -39,11 +39,14 @@ class ContextSettings:
     Names and meanings are those of llama.cpp's common/arg.cpp: context_tokens `-c` (0: the model's own),
     slots `-np` (below 1: the server decides), unified `-kvu`/`-no-kvu`, cache_type_k/_v `-ctk`/`-ctv` in
     lower case, swa_full `--swa-full`, flash_attention `-fa` ("on", "off" or "auto"), batch_tokens `-b`,
-    micro_batch_tokens `-ub`, fit `-fit`, draft_kinds `--spec-type`, draft_tokens_max
-    `--spec-draft-n-max`, draft_cache_type_k/_v `-ctkd`/`-ctvd`, draft_model `-md`, gpu_layers `-ngl`
-    ("auto", "all" or a number), kv_on_gpu `-kvo`/`-nkvo`, model_path `-m`, sleep_idle_seconds
-    `--sleep-idle-seconds` (below 0: never). notes: one line for each thing that was left out and may
-    change the figures (a preset file).
+    micro_batch_tokens `-ub` (0: as many as batch_tokens), fit `-fit`, draft_kinds `--spec-type` (without
+    "none"), draft_tokens_max `--spec-draft-n-max`, draft_cache_type_k/_v `-ctkd`/`-ctvd`, draft_model
+    `-md`, gpu_layers `-ngl` ("auto", "all" or a number), kv_on_gpu `-kvo`/`-nkvo`, model_path `-m`,
+    sleep_idle_seconds `--sleep-idle-seconds` (below 0: never), unified_slot_tokens
+    `--kv-unified-per-slot` (above 0 and without `-c`: the context has so many for each slot). notes: one
+    line for each thing that was left out and may change the figures (a preset file). unreadable: names of
+    the fields above that are None although something is said of them that cannot be told: no default may
+    stand in for them.
     """
 
     context_tokens: int | None = None
@@ -65,4 +68,6 @@ class ContextSettings:
     kv_on_gpu: bool | None = None
     model_path: str | None = None
     sleep_idle_seconds: float | None = None
+    unified_slot_tokens: int | None = None
     notes: tuple[str, ...] = ()
+    unreadable: tuple[str, ...] = ()

@@ -1,23 +1,28 @@
-"""The local process that listens on a server's port: its start and what its command line decides."""
+"""The local process that listens on a server's port: its start, and what it was told to do."""
 
 from __future__ import annotations
 
+import contextlib
 import re
 import socket
-from collections.abc import Mapping, Sequence
-from pathlib import PurePath
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePath
 from urllib.parse import urlsplit
 
 import psutil
 
+from kvscope.observed.model import ContextSettings
 from kvscope.observed.server import ServerProcess
 from kvscope.settings import ServerSettings, is_loopback
+from kvscope.sources.server_arguments import context_settings, with_file_left_out
 
 # Whole names: what only mentions llama-server, as a title like "sshd: llama-server@pts/0" does, is none.
 _LLAMA_SERVER = re.compile(
     r"[\w.-]*(?<!o)llama[-_.]?(?:cpp[-_.]?)?server[\w.-]*|[\w.-]*llamafile[\w.-]*|llama(?:\.exe)?",
     re.IGNORECASE,
 )
+_LLAMA = re.compile(r"llama(?:\.exe)?", re.IGNORECASE)
 _STANDS_BEFORE_ONE = re.compile("proxy|tunnel|swap|exporter", re.IGNORECASE)
 _PYTHON = re.compile(r"(?:python|pypy)w?[\d.]*(?:\.exe)?", re.IGNORECASE)
 _PYTHON_OPTIONS_WITH_VALUE = frozenset({"-X", "-W", "--check-hash-based-pycs"})
@@ -92,11 +97,16 @@ def _read(pid: int) -> ServerProcess:
     if not is_llama_server(command_line):
         raise NotReadableError(f"the process that listens there, {name}, is no llama-server")
     _seen[pid, started_at] = process
+    settings = context_settings(arguments_of(command_line), environment)
+    for file in _settings_files(pid, environment):
+        settings = with_file_left_out(settings, file)
     return ServerProcess(
         pid=pid,
         started_at=started_at,
-        sleep_idle_seconds=sleep_idle_seconds(command_line, environment),
-        kv_unified=kv_unified(command_line, environment),
+        sleep_idle_seconds=sleep_idle_seconds(settings),
+        kv_unified=kv_unified(settings),
+        settings=settings,
+        working_directory=_working_directory(process),
     )
 
 
@@ -106,76 +116,78 @@ def is_llama_server(command_line: Sequence[str]) -> bool:
     Only the program's own name counts: proxies and tunnels name the server that they lead to among
     their arguments, and proxies and launchers like llama-swap or ollama have flags of their own.
     """
-    program = _program(command_line) if command_line else ""
+    program, _ = _program(command_line)
     return _LLAMA_SERVER.fullmatch(program) is not None and not _STANDS_BEFORE_ONE.search(program)
 
 
-def _program(command_line: Sequence[str]) -> str:
-    """The name of what runs: the program's, or of the script or module that a Python interpreter runs."""
-    name = PurePath(command_line[0]).name
+def arguments_of(command_line: Sequence[str]) -> Sequence[str]:
+    """Return what follows the program's name, or the word behind it in `llama serve`."""
+    program, arguments = _program(command_line)
+    has_word = _LLAMA.fullmatch(program) and arguments and not arguments[0].startswith("-")
+    return arguments[1:] if has_word else arguments
+
+
+def _program(command_line: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """The name of what runs and its arguments; with a Python interpreter, of its script or module."""
+    name = PurePath(command_line[0]).name if command_line else ""
+    rest = deque(command_line[1:])
     if not _PYTHON.fullmatch(name):
-        return name
-    arguments = iter(command_line[1:])
-    for argument in arguments:
-        if argument in _PYTHON_OPTIONS_WITH_VALUE:
-            next(arguments, None)
-        elif argument == "-m":
-            return next(arguments, "").rpartition(".")[2]
+        return name, tuple(rest)
+    while rest:
+        argument = rest.popleft()
+        if argument in _PYTHON_OPTIONS_WITH_VALUE and rest:
+            rest.popleft()
+        elif argument == "-m" and rest:
+            return rest.popleft().rpartition(".")[2], tuple(rest)
         elif argument == "-c":
-            return ""
+            break
         elif not argument.startswith("-"):
-            return PurePath(argument).name
-    return ""
+            return PurePath(argument).name, tuple(rest)
+    return "", ()
 
 
-def sleep_idle_seconds(command_line: Sequence[str], environment: Mapping[str, str]) -> float | None:
+def sleep_idle_seconds(settings: ContextSettings) -> float | None:
     """Return after how many idle seconds the server sleeps, or None when it never does.
 
     llama.cpp common/arg.cpp (b11549): `--sleep-idle-seconds`, default -1, never.
     """
-    value = _last(command_line, "--sleep-idle-seconds") or environment.get("LLAMA_ARG_SLEEP_IDLE_SECONDS")
-    try:
-        seconds = float(value) if value is not None else -1.0
-    except ValueError:
-        seconds = -1.0
-    return seconds if seconds >= 0 else None
+    seconds = settings.sleep_idle_seconds
+    return seconds if seconds is not None and seconds > 0 else None
 
 
-def kv_unified(command_line: Sequence[str], environment: Mapping[str, str]) -> bool | None:
-    """Return whether all slots share one pool, as llama-server decides it.
+def kv_unified(settings: ContextSettings) -> bool | None:
+    """Return whether all slots share one pool, as llama-server decides it; None: it cannot be told.
 
-    llama.cpp tools/server/server.cpp (b11549): without `-np` (or with -1) there are four slots
-    and the cache is unified; with it, only when `-kvu` is given.
+    llama.cpp tools/server/server.cpp (b11549): without `-np`, or with one below 0, there are four slots
+    and the cache is unified, whatever `-no-kvu` says; with it, only when `-kvu` is given.
     """
-    flags = {argument.split("=", 1)[0] for argument in command_line}
-    if flags & {"-kvu", "--kv-unified"}:
+    if settings.unified:
         return True
-    if flags & {"-no-kvu", "--no-kv-unified"}:
-        return False
-    unified = environment.get("LLAMA_ARG_KV_UNIFIED")
-    if unified is not None:
-        return unified.strip().lower() in {"1", "on", "true", "enabled"}
-    if "LLAMA_ARG_NO_KV_UNIFIED" in environment:
-        return False
-    slots = _last(command_line, "-np", "--parallel", "--n-parallel") or environment.get(
-        "LLAMA_ARG_N_PARALLEL"
-    )
-    try:
-        return slots is None or int(slots) < 0
-    except ValueError:
+    if "slots" in settings.unreadable:
         return None
+    if settings.slots is None or settings.slots < 0:
+        return True
+    return None if "unified" in settings.unreadable else False
 
 
-def _last(command_line: Sequence[str], *names: str) -> str | None:
-    found = None
-    for place, argument in enumerate(command_line):
-        name, equals, value = argument.partition("=")
-        if name in names:
-            if equals:
-                found = value
-            elif place + 1 < len(command_line):
-                found = command_line[place + 1]
-    return found
+def _settings_files(pid: int, environment: Mapping[str, str]) -> Iterator[str]:
+    """The files of settings that llama-server reads before its environment, by a name without a home.
+
+    llama.cpp common/arg.cpp (b11549); flags and variables replace what they say; older builds read none.
+    """
+    own = environment.get("XDG_CONFIG_HOME") or f"{environment.get('HOME', '')}/.config"
+    root = f"/proc/{pid}/root" if Path("/proc/self/root").exists() else ""
+    for name, directory in (("/etc/", "/etc/"), ("its user's ", f"{own}/")):
+        with contextlib.suppress(OSError, ValueError):
+            if Path(f"{root}{directory}llama.cpp/config.ini").is_file():
+                yield f"{name}llama.cpp/config.ini"
+
+
+def _working_directory(process: psutil.Process) -> str | None:
+    try:
+        return process.cwd() or None
+    except (psutil.Error, OSError):
+        return None
 
 
 def _addresses_here(host: str) -> set[str]:

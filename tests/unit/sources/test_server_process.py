@@ -14,11 +14,13 @@ from typing import Any
 import psutil
 import pytest
 
+from kvscope.observed.model import ContextSettings
 from kvscope.observed.server import ServerProcess
 from kvscope.settings import ServerSettings
 from kvscope.sources import server_process
 from kvscope.sources.server_process import (
     NotReadableError,
+    arguments_of,
     find_server_process,
     is_alive,
     is_llama_server,
@@ -70,7 +72,14 @@ def at(port: int, host: str = "127.0.0.1") -> ServerSettings:
 def test_the_process_that_listens_is_found_with_its_start_and_flags(start: Start) -> None:
     pid, port = start("llama-server", "--sleep-idle-seconds", "7", "-np", "2")
     found = find_server_process(at(port))
-    assert found == ServerProcess(pid, psutil.Process(pid).create_time(), 7.0, kv_unified=False)
+    assert found == ServerProcess(
+        pid,
+        psutil.Process(pid).create_time(),
+        sleep_idle_seconds=7.0,
+        kv_unified=False,
+        settings=ContextSettings(slots=2, sleep_idle_seconds=7.0),
+        working_directory=str(Path.cwd()),
+    )
     assert is_alive(found)
 
 
@@ -78,6 +87,26 @@ def test_the_process_that_listens_is_found_with_its_start_and_flags(start: Start
 def test_its_environment_counts_like_its_flags(start: Start, host: str) -> None:
     _, port = start("llama-server", LLAMA_ARG_N_PARALLEL="2", LLAMA_ARG_KV_UNIFIED="on")
     assert find_server_process(at(port, host)).kv_unified is True
+
+
+def test_a_file_of_settings_that_it_also_reads_is_named_and_leaves_nothing_to_defaults(
+    start: Start, tmp_path: Path
+) -> None:
+    configuration = tmp_path / "llama.cpp" / "config.ini"
+    configuration.parent.mkdir()
+    configuration.write_text("ctx-size = 777\n")
+    _, port = start("llama-server", "-np", "2", XDG_CONFIG_HOME=str(tmp_path))
+    settings = find_server_process(at(port)).settings
+    assert settings.notes == ("its user's llama.cpp/config.ini: settings in this file are left out",)
+    assert "context_tokens" in settings.unreadable
+    assert (settings.slots, "slots" in settings.unreadable) == (2, False)
+
+
+def test_no_value_of_another_flag_is_kept(start: Start) -> None:
+    _, port = start(
+        "llama-server", "--api-key", "sk-1", "--api-kye", "-sk-2", "-sk-3=4", LLAMA_API_KEY="sk-5"
+    )
+    assert "sk-" not in str(find_server_process(at(port)))
 
 
 def test_a_process_that_ended_is_not_alive_although_nobody_has_buried_it_yet(start: Start) -> None:
@@ -209,48 +238,50 @@ def test_a_llama_server_is_known_by_the_name_of_its_program(command_line: list[s
 
 
 @pytest.mark.parametrize(
-    ("flags", "environment", "expected"),
+    ("command_line", "expected"),
     [
-        ([], {}, None),
-        (["--sleep-idle-seconds", "300"], {}, 300.0),
-        (["--sleep-idle-seconds=300"], {}, 300.0),
-        (["--sleep-idle-seconds", "-1"], {}, None),
-        (["--sleep-idle-seconds", "4", "--sleep-idle-seconds", "9"], {}, 9.0),
-        (["--sleep-idle-seconds"], {}, None),
-        (["--sleep-idle-seconds", "soon"], {}, None),
-        ([], {"LLAMA_ARG_SLEEP_IDLE_SECONDS": "60"}, 60.0),
-        (["--sleep-idle-seconds", "4"], {"LLAMA_ARG_SLEEP_IDLE_SECONDS": "60"}, 4.0),
+        (["/opt/llama-server", "-c", "1"], ["-c", "1"]),
+        (["llama", "serve", "-c", "1"], ["-c", "1"]),
+        (["llama", "-c", "1"], ["-c", "1"]),
+        (["python3", "-u", "-X", "dev", "-m", "kvscope.demo.llama_server", "-m", "x"], ["-m", "x"]),
+        (["python3", "/usr/bin/llama-server", "-c", "1"], ["-c", "1"]),
+        (["llama-server"], []),
     ],
 )
-def test_whether_it_sleeps_is_in_its_flags_or_environment(
-    flags: list[str], environment: dict[str, str], expected: float | None
-) -> None:
-    assert sleep_idle_seconds(["llama-server", *flags], environment) == expected
+def test_its_arguments_begin_behind_the_program(command_line: list[str], expected: list[str]) -> None:
+    assert list(arguments_of(command_line)) == expected
 
 
 @pytest.mark.parametrize(
-    ("flags", "environment", "expected"),
+    ("settings", "expected"),
     [
-        ([], {}, True),
-        (["-np", "-1"], {}, True),
-        (["-np", "4"], {}, False),
-        (["--parallel=4"], {}, False),
-        (["--parallel", "4", "--kv-unified"], {}, True),
-        (["-np", "4", "-kvu"], {}, True),
-        (["-no-kvu"], {}, False),
-        (["--no-kv-unified"], {}, False),
-        (["-np", "four"], {}, None),
-        ([], {"LLAMA_ARG_N_PARALLEL": "4"}, False),
-        (["-np", "4"], {"LLAMA_ARG_KV_UNIFIED": "1"}, True),
-        ([], {"LLAMA_ARG_KV_UNIFIED": "off"}, False),
-        ([], {"LLAMA_ARG_NO_KV_UNIFIED": "1"}, False),
-        (["-kvu"], {"LLAMA_ARG_KV_UNIFIED": "0"}, True),
+        (ContextSettings(), None),
+        (ContextSettings(sleep_idle_seconds=300.0), 300.0),
+        (ContextSettings(sleep_idle_seconds=-1.0), None),
+    ],
+)
+def test_it_sleeps_only_after_more_than_no_seconds(settings: ContextSettings, expected: float | None) -> None:
+    assert sleep_idle_seconds(settings) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (ContextSettings(), True),
+        (ContextSettings(slots=-1), True),
+        (ContextSettings(unified=False), True),
+        (ContextSettings(slots=4), False),
+        (ContextSettings(slots=4, unified=True), True),
+        (ContextSettings(slots=4, unified=False), False),
+        (ContextSettings(unreadable=("slots",)), None),
+        (ContextSettings(unified=True, unreadable=("slots",)), True),
+        (ContextSettings(slots=4, unreadable=("unified",)), None),
     ],
 )
 def test_whether_slots_share_a_pool_is_decided_as_llama_server_does(
-    flags: list[str], environment: dict[str, str], expected: bool | None
+    settings: ContextSettings, expected: bool | None
 ) -> None:
-    assert kv_unified(["llama-server", *flags], environment) is expected
+    assert kv_unified(settings) is expected
 
 
 @pytest.mark.parametrize("name", ["llama-server-proxy", "/opt/llama-server-tunnel", "llama-server-exporter"])
