@@ -1,9 +1,8 @@
 """Reads the header of a GGUF model, and nothing behind it.
 
 The format is that of ggml/src/gguf.cpp (llama.cpp b11549): magic, version, two counts, then keys with
-typed values, then what each tensor is called and where it lies. What the vocabulary takes is hopped
-over. Whatever a file says, at most MOST_READ_BYTES of it are read, and some ten times MOST_KEPT_BYTES of
-memory used.
+typed values, then what each tensor is called and where it lies. The vocabulary is hopped over. Whatever
+a file says, at most MOST_READ_BYTES of it are read, in about a second, and about 10 MB of memory used.
 """
 
 from __future__ import annotations
