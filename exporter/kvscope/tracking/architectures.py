@@ -1,0 +1,601 @@
+"""The table: one row for each architecture that llama.cpp b11434 knows, and what is odd about its memory.
+
+A row says what llama_model::create_memory and the model's load_arch_hparams (src/llama-model.cpp,
+src/models/, b11434) decide in code and no header tells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from kvscope.observed.model import ModelHeader
+from kvscope.tracking import memory_kinds as kinds
+from kvscope.tracking.memory_kinds import MemoryKind
+from kvscope.tracking.model_shape import MOST_LAYERS, Keys, ModelShape, Recurrent, ShapeError
+
+Flags = tuple[bool, ...]
+WindowTokens = Callable[[Keys, int], int | None]
+"""Header and layers of the trunk -> tokens of the window; None: the model has none."""
+WindowLayers = Callable[[Keys, int, int], Flags]
+"""Header, layers of the trunk, all layers -> which are windowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Where an architecture's sliding window comes from, and which layers have it."""
+
+    tokens: WindowTokens
+    layers: WindowLayers
+    chunked: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class HeaderLayers:
+    """What recurrent rules look at: one entry a layer."""
+
+    trunk: int
+    total: int
+    embedding: int
+    heads: tuple[int, ...]
+    kv_heads: tuple[int, ...]
+    feed_forward: tuple[int, ...]
+    key_length: int
+
+
+LayerRule = Callable[[Keys, HeaderLayers], Flags]
+SizeRule = Callable[[Keys, HeaderLayers], tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class RecurrentRule:
+    """Which layers keep a state, and how many elements of R and S; the others attend, unless attending says.
+
+    rollback: it keeps the states of so many tokens before (n_rs_seq). trunk_only: layers that predict
+    further tokens have no part in the main context.
+    """
+
+    layers: LayerRule
+    sizes: SizeRule
+    attending: LayerRule | None = None
+    rollback: bool = False
+    trunk_only: bool = True
+    history: bool = False
+
+
+def never(_keys: Keys) -> bool:
+    """Answer no for every header."""
+    return False
+
+
+def always(_keys: Keys) -> bool:
+    """Answer yes for every header."""
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """One row. memory: the kind of memory of the main context.
+
+    latent: keys alone are cached (MLA). image_positions: the model rotates by several positions (M-RoPE).
+    cached: how many layers own keys and values, out of all. extra: KV heads of layers behind the last.
+    repeats: how often the layers are gone through, each time with a cache of their own. causal: no token
+    looks at a later one, so that a batch is never larger than the context.
+    """
+
+    memory: MemoryKind = kinds.attention
+    window: Window | None = None
+    recurrent: RecurrentRule | None = None
+    latent: Callable[[Keys], bool] = never
+    image_positions: Callable[[Keys], bool] = never
+    cached: Callable[[Keys, int], int] | None = None
+    extra: tuple[int, ...] = ()
+    repeats: Callable[[Keys], int] | None = None
+    flash_attention: bool = True
+    causal: bool = True
+    lengths_without_heads: bool = False
+    nextn_by_tensors: bool = False
+
+
+# Windows
+
+
+def needed_key(keys: Keys, _trunk: int) -> int | None:
+    """The key must be there; 0 is a window of no tokens."""
+    return keys.number("attention.sliding_window")
+
+
+def positive_key(keys: Keys, _trunk: int) -> int | None:
+    """No key and 0 mean no window."""
+    return keys.number("attention.sliding_window", 0) or None
+
+
+def key_or(default: int) -> WindowTokens:
+    """Without a key, the window is the default."""
+    return lambda keys, _trunk: keys.number("attention.sliding_window", default)
+
+
+def chunk_unless_zero(size: int) -> WindowTokens:
+    """Whatever the key says, unless it is 0 (llama4)."""
+    return lambda keys, _trunk: size if keys.number("attention.sliding_window", size) else None
+
+
+def fixed_if_positive(size: int) -> WindowTokens:
+    """The key only switches the window on (smallthinker)."""
+    return lambda keys, _trunk: size if keys.number("attention.sliding_window", 0) else None
+
+
+def only_with_layers(layers: int, default: int) -> WindowTokens:
+    """Only models of so many layers have a window (exaone4)."""
+    return lambda keys, trunk: keys.number("attention.sliding_window", default) if trunk == layers else None
+
+
+def every(period: int, *, dense_first: bool = False) -> WindowLayers:
+    """Every period-th layer is full, the last of each group or, dense_first, its first.
+
+    A number in the header replaces the period, a list says it layer by layer; a number speaks of the trunk
+    alone (llama_hparams::set_swa_pattern).
+    """
+
+    def layers(keys: Keys, trunk: int, total: int) -> Flags:
+        name = "attention.sliding_window_pattern"
+        if keys.is_list(name):
+            return listed(keys, trunk, total)
+        step = keys.number(name, period)
+        full = 0 if dense_first else step - 1
+        return tuple(il < trunk and (step == 0 or il % step != full) for il in range(total))
+
+    return layers
+
+
+def listed(keys: Keys, _trunk: int, total: int) -> Flags:
+    """The header must say it, layer by layer."""
+    return tuple(bool(flag) for flag in keys.per_layer("attention.sliding_window_pattern", total))
+
+
+def everywhere(_keys: Keys, _trunk: int, total: int) -> Flags:
+    """All layers are windowed."""
+    return (True,) * total
+
+
+# Recurrent layers
+
+
+def all_layers(_keys: Keys, header: HeaderLayers) -> Flags:
+    """Every layer."""
+    return (True,) * header.total
+
+
+def without_kv_heads(_keys: Keys, header: HeaderLayers) -> Flags:
+    """Layers that have no KV heads."""
+    return tuple(heads == 0 for heads in header.kv_heads)
+
+
+def nemotron_recurrent(_keys: Keys, header: HeaderLayers) -> Flags:
+    """Layers with neither KV heads nor a feed-forward network."""
+    return tuple(not heads and not ff for heads, ff in zip(header.kv_heads, header.feed_forward, strict=True))
+
+
+def nemotron_attending(_keys: Keys, header: HeaderLayers) -> Flags:
+    """Layers with KV heads and no feed-forward network."""
+    return tuple(heads > 0 and not ff for heads, ff in zip(header.kv_heads, header.feed_forward, strict=True))
+
+
+def interval(default: int) -> LayerRule:
+    """All but every n-th layer, or what attention.recurrent_layers lists."""
+
+    def layers(keys: Keys, header: HeaderLayers) -> Flags:
+        if keys.is_list("attention.recurrent_layers"):
+            return tuple(bool(flag) for flag in keys.per_layer("attention.recurrent_layers", header.total))
+        step = keys.number("full_attention_interval", default, least=1)
+        return tuple(il < header.trunk and (il + 1) % step != 0 for il in range(header.total))
+
+    return layers
+
+
+def mamba(keys: Keys, _header: HeaderLayers) -> tuple[int, int]:
+    """Return R and S of Mamba: one group (llama_hparams::n_embd_r, n_embd_s)."""
+    return _mamba(keys, 0)
+
+
+def mamba2(keys: Keys, _header: HeaderLayers) -> tuple[int, int]:
+    """Return R and S of Mamba-2 and gated delta nets."""
+    return _mamba(keys, keys.number("ssm.group_count"))
+
+
+def _mamba(keys: Keys, groups: int) -> tuple[int, int]:
+    inner, state = keys.number("ssm.inner_size"), keys.number("ssm.state_size")
+    kernel = keys.number("ssm.conv_kernel")
+    return max(kernel - 1, 0) * (inner + 2 * groups * state), state * inner
+
+
+def rwkv(keys: Keys, header: HeaderLayers) -> tuple[int, int]:
+    """Return token shift and state of RWKV."""
+    shifts = keys.number("token_shift_count", 2)
+    return shifts * header.embedding, header.embedding * keys.number("wkv.head_size")
+
+
+def kda(keys: Keys, header: HeaderLayers) -> tuple[int, int]:
+    """Return R and S of Kimi's delta attention."""
+    size, kernel = keys.number("kda.head_dim"), keys.number("ssm.conv_kernel")
+    heads = header.heads[0]
+    return 3 * max(kernel - 1, 0) * heads * size, size * size * heads
+
+
+def lightning(_keys: Keys, header: HeaderLayers) -> tuple[int, int]:
+    """Return the state of lightning attention: no convolution."""
+    return 0, header.key_length**2 * header.heads[0]
+
+
+def short_convolution(keys: Keys, header: HeaderLayers) -> tuple[int, int]:
+    """Return the convolution of LFM2: no state."""
+    return header.embedding * max(keys.number("shortconv.l_cache") - 1, 0), 0
+
+
+# Latents, positions, layers
+
+
+def with_mla_lengths(keys: Keys) -> bool:
+    """Newer files of these models keep latents; older ones full keys and values (llama_hparams::is_mla)."""
+    return bool(keys.number("attention.key_length_mla", 0) and keys.number("attention.value_length_mla", 0))
+
+
+def with_sections(keys: Keys) -> bool:
+    """M-RoPE only where the header has sections for it (llama_hparams::use_mrope)."""
+    if not keys.has("rope.dimension_sections"):
+        return False
+    sections = keys.numbers("rope.dimension_sections")
+    return len(sections) > 1 and sections[0] > 0 and sections[1] > 0
+
+
+def all_but_shared(keys: Keys, layers: int) -> int:
+    """The last layers use an earlier one's keys and values (gemma4)."""
+    return max(layers - keys.number("attention.shared_kv_layers", 0), 0)
+
+
+def trunk_layers(shape: ModelShape) -> Sequence[int]:
+    """Every layer of the trunk has an indexer."""
+    return shape.trunk
+
+
+def own_indexers(shape: ModelShape) -> Sequence[int]:
+    """Layers that attention.indexer.types marks."""
+    return kinds.indexed_layers(shape, shape.trunk)
+
+
+def glm_indexers(shape: ModelShape) -> Sequence[int]:
+    """What the header marks, else what load_arch_hparams of glm-dsa builds in."""
+    if shape.keys.has("attention.indexer.types") or shape.context_length < GLM_LONG_CONTEXT:
+        return own_indexers(shape)
+    return [il for il in shape.trunk if il < 3 or (il - 2) % 4 == 0]
+
+
+GLM_LONG_CONTEXT = 1048576
+
+
+def full_layers(shape: ModelShape) -> Sequence[int]:
+    """Layers without a window."""
+    return [il for il in shape.trunk if not shape.window_layers[il]]
+
+
+def indexed_or_plain(shape: ModelShape, context: kinds.Context) -> tuple[str, list[kinds.Cache]]:
+    """Without a top_k there is no indexer (hy_v4)."""
+    memory = kinds.dsa(own_indexers) if shape.keys.number("attention.indexer.top_k", 0) else kinds.attention
+    return memory(shape, context)
+
+
+def borrowed(_shape: ModelShape, _context: kinds.Context) -> tuple[str, list[kinds.Cache]]:
+    """Only views of another model's caches (gemma4-assistant)."""
+    return "iswa", []
+
+
+PLAIN = Architecture()
+IMAGES = Architecture(image_positions=always)
+IMAGES_BY_SECTIONS = Architecture(image_positions=with_sections)
+NONE = Architecture(memory=kinds.none)
+DIFFUSION = Architecture(memory=kinds.none, causal=False)
+LATENT_BY_KEYS = Architecture(latent=with_mla_lengths)
+
+
+def windowed(tokens: WindowTokens, layers: WindowLayers) -> Architecture:
+    """Return a row of attention with windowed layers."""
+    return Architecture(window=Window(tokens, layers))
+
+
+def recurrent(sizes: SizeRule) -> Architecture:
+    """Return a row of a model whose layers all keep a state."""
+    return Architecture(memory=kinds.recurrent, recurrent=RecurrentRule(all_layers, sizes))
+
+
+GATED_DELTA = RecurrentRule(interval(4), mamba2)
+GATED_DELTA_ROLLBACK = RecurrentRule(interval(4), mamba2, rollback=True)
+NEMOTRON = RecurrentRule(nemotron_recurrent, mamba2, nemotron_attending, rollback=True)
+SHORT_CONVOLUTION = RecurrentRule(without_kv_heads, short_convolution, rollback=True, trunk_only=False)
+
+ARCHITECTURES = MappingProxyType(
+    {
+        "afmoe": windowed(positive_key, every(4)),
+        "apertus": PLAIN,
+        "arcee": PLAIN,
+        "arctic": PLAIN,
+        "arwkv7": recurrent(rwkv),
+        "baichuan": PLAIN,
+        "bailingmoe": PLAIN,
+        "bailingmoe2": PLAIN,
+        "bailingmoe3": Architecture(
+            kinds.hybrid,
+            recurrent=RecurrentRule(without_kv_heads, kda, rollback=True, trunk_only=False),
+            latent=always,
+            image_positions=with_sections,
+        ),
+        "bert": NONE,
+        "bitnet": PLAIN,
+        "bloom": PLAIN,
+        "chameleon": PLAIN,
+        "chatglm": PLAIN,
+        "clef": NONE,
+        "codeshell": PLAIN,
+        "cogvlm": PLAIN,
+        "cohere2": windowed(needed_key, every(4)),
+        "cohere2moe": windowed(needed_key, every(4, dense_first=True)),
+        "command-r": PLAIN,
+        "dbrx": PLAIN,
+        "deci": PLAIN,
+        "deepseek": PLAIN,
+        "deepseek2": LATENT_BY_KEYS,
+        "deepseek2-ocr": PLAIN,
+        "deepseek32": Architecture(kinds.dsa(trunk_layers), latent=with_mla_lengths),
+        "deepseek4": Architecture(kinds.dsv4, window=Window(needed_key, everywhere), nextn_by_tensors=True),
+        "dflash": windowed(positive_key, listed),
+        "dots1": PLAIN,
+        "dots3note": Architecture(kinds.dsa(full_layers), window=Window(needed_key, listed), latent=always),
+        "dream": DIFFUSION,
+        "eagle3": PLAIN,
+        "ernie4_5": PLAIN,
+        "ernie4_5-moe": PLAIN,
+        "eurobert": NONE,
+        "exaone": PLAIN,
+        "exaone-moe": windowed(needed_key, every(4)),
+        "exaone4": windowed(only_with_layers(64, 4096), every(4)),
+        "falcon": PLAIN,
+        "falcon-h1": Architecture(
+            kinds.hybrid, recurrent=RecurrentRule(all_layers, mamba2, all_layers, trunk_only=False)
+        ),
+        "gemma": PLAIN,
+        "gemma-embedding": DIFFUSION,
+        "gemma2": windowed(key_or(4096), every(2)),
+        "gemma3": windowed(positive_key, every(6)),
+        "gemma3n": Architecture(
+            window=Window(needed_key, every(5)), cached=lambda _keys, layers: min(layers, 20)
+        ),
+        "gemma4": Architecture(window=Window(needed_key, listed), cached=all_but_shared),
+        "gemma4-assistant": Architecture(borrowed),
+        "glm-dsa": Architecture(kinds.dsa(glm_indexers), latent=with_mla_lengths),
+        "glm4": IMAGES_BY_SECTIONS,
+        "glm4moe": IMAGES_BY_SECTIONS,
+        "glm5-next": Architecture(
+            kinds.hybrid_indexed(lambda _keys: 3),
+            recurrent=RecurrentRule(without_kv_heads, kda, rollback=True),
+            latent=always,
+        ),
+        "gpt-oss": windowed(needed_key, every(2)),
+        "gpt2": PLAIN,
+        "gptneox": PLAIN,
+        "granite": PLAIN,
+        "granite_swa": windowed(needed_key, listed),
+        "granitehybrid": Architecture(
+            kinds.hybrid, recurrent=RecurrentRule(without_kv_heads, mamba2, trunk_only=False)
+        ),
+        "granitemoe": PLAIN,
+        "graniteswitch": Architecture(extra=(1,)),
+        "grok": Architecture(flash_attention=False),
+        "grovemoe": PLAIN,
+        "hrm_text": PLAIN,
+        "hunyuan-dense": PLAIN,
+        "hunyuan-moe": PLAIN,
+        "hunyuan_vl": IMAGES_BY_SECTIONS,
+        "hy_v3": PLAIN,
+        "hy_v4": Architecture(indexed_or_plain, latent=always),
+        "internlm2": PLAIN,
+        "jais": PLAIN,
+        "jais2": PLAIN,
+        "jamba": Architecture(
+            kinds.hybrid, recurrent=RecurrentRule(without_kv_heads, mamba, trunk_only=False)
+        ),
+        "jina-bert-v2": NONE,
+        "jina-bert-v3": NONE,
+        "kimi-k3": Architecture(
+            kinds.hybrid,
+            recurrent=RecurrentRule(without_kv_heads, kda, rollback=True, trunk_only=False),
+            latent=always,
+        ),
+        "kimi-linear": Architecture(
+            kinds.hybrid, recurrent=RecurrentRule(without_kv_heads, kda, trunk_only=False), latent=always
+        ),
+        "laguna": windowed(positive_key, every(4, dense_first=True)),
+        "lfm2": Architecture(
+            kinds.hybrid, window=Window(positive_key, everywhere), recurrent=SHORT_CONVOLUTION
+        ),
+        "lfm2moe": Architecture(kinds.hybrid, recurrent=SHORT_CONVOLUTION),
+        "llada": DIFFUSION,
+        "llada-moe": DIFFUSION,
+        "llama": PLAIN,
+        "llama-embed": PLAIN,
+        "llama4": Architecture(window=Window(chunk_unless_zero(8192), every(4), chunked=True)),
+        "maincoder": PLAIN,
+        "mamba": recurrent(mamba),
+        "mamba2": recurrent(mamba2),
+        "maple": windowed(needed_key, listed),
+        "mellum": windowed(positive_key, every(4)),
+        "mimo2": windowed(needed_key, listed),
+        "minicpm": PLAIN,
+        "minicpm3": PLAIN,
+        "minimax-01": Architecture(
+            kinds.hybrid, recurrent=RecurrentRule(interval(8), lightning, trunk_only=False)
+        ),
+        "minimax-m2": PLAIN,
+        "minimax-m3": Architecture(kinds.msa),
+        "mistral3": PLAIN,
+        "mistral4": LATENT_BY_KEYS,
+        "modern-bert": NONE,
+        "mpt": PLAIN,
+        "muse-glimmer": windowed(needed_key, every(4)),
+        "nanbeige": Architecture(repeats=lambda keys: keys.number("num_loops", 1, least=1)),
+        "nemotron": PLAIN,
+        "nemotron_h": Architecture(kinds.hybrid, recurrent=NEMOTRON),
+        "nemotron_h_moe": Architecture(kinds.hybrid, recurrent=NEMOTRON),
+        "neo-bert": NONE,
+        "nomic-bert": NONE,
+        "nomic-bert-moe": NONE,
+        "olmo": PLAIN,
+        "olmo2": windowed(positive_key, every(4)),
+        "olmoe": PLAIN,
+        "openelm": PLAIN,
+        "orion": PLAIN,
+        "paddleocr": IMAGES,
+        "pangu-embedded": PLAIN,
+        "phi2": PLAIN,
+        "phi3": PLAIN,
+        "phimoe": PLAIN,
+        "plamo": PLAIN,
+        "plamo2": Architecture(
+            kinds.hybrid,
+            recurrent=RecurrentRule(without_kv_heads, mamba2, trunk_only=False),
+            lengths_without_heads=True,
+        ),
+        "plamo3": windowed(positive_key, every(8)),
+        "plm": PLAIN,
+        "pockettts": PLAIN,
+        "qwen": PLAIN,
+        "qwen2": PLAIN,
+        "qwen2moe": PLAIN,
+        "qwen2vl": IMAGES,
+        "qwen3": PLAIN,
+        "qwen35": Architecture(kinds.hybrid, recurrent=GATED_DELTA_ROLLBACK, image_positions=always),
+        "qwen35moe": Architecture(kinds.hybrid, recurrent=GATED_DELTA_ROLLBACK, image_positions=always),
+        "qwen3moe": PLAIN,
+        "qwen3next": Architecture(kinds.hybrid, recurrent=GATED_DELTA),
+        "qwen3tts": IMAGES,
+        "qwen3vl": IMAGES,
+        "qwen3vlmoe": IMAGES,
+        "qwen4exp": Architecture(
+            kinds.hybrid_indexed(lambda keys: 2 if keys.has("attention.compress_ratios") else 1),
+            recurrent=RecurrentRule(interval(4), mamba2, rollback=True, history=True),
+            image_positions=always,
+        ),
+        "refact": PLAIN,
+        "rnd1": DIFFUSION,
+        "rwkv6": recurrent(rwkv),
+        "rwkv6qwen2": recurrent(rwkv),
+        "rwkv7": recurrent(rwkv),
+        "seed_oss": PLAIN,
+        "smallthinker": windowed(fixed_if_positive(4096), every(4, dense_first=True)),
+        "smollm3": PLAIN,
+        "spark2_5": windowed(needed_key, listed),
+        "stablelm": PLAIN,
+        "starcoder": PLAIN,
+        "starcoder2": PLAIN,
+        "step35": windowed(needed_key, listed),
+        "t5": PLAIN,
+        "t5encoder": PLAIN,
+        "talkie": PLAIN,
+        "wavtokenizer-dec": NONE,
+        "xverse": PLAIN,
+    }
+)
+KNOWN_ARCHITECTURES = tuple(ARCHITECTURES)
+"""Every architecture whose memory can be told, by the name that `general.architecture` has."""
+
+
+def architecture(name: str) -> Architecture:
+    """Return the row of an architecture. Raises ShapeError for one that is not in the table."""
+    try:
+        return ARCHITECTURES[name]
+    except KeyError:
+        raise ShapeError(f"architecture {name[:64]} is not known; its bytes are left out") from None
+
+
+def model_shape(header: ModelHeader, row: Architecture) -> ModelShape:
+    """Return what a header says of memory: llama_model::load_hparams, src/llama-model.cpp, b11434.
+
+    Raises ShapeError, naming the key, for one that is missing or holds what cannot be.
+    """
+    keys = Keys(header)
+    header_layers = keys.number("block_count", least=1)
+    repeats = row.repeats(keys) if row.repeats else 1
+    layers = header_layers * repeats + len(row.extra)
+    if layers > MOST_LAYERS:
+        raise ShapeError(f"{keys.full_name('block_count')} means {layers} layers, more than {MOST_LAYERS}")
+    further = keys.number("nextn_predict_layers", 0)
+    if row.nextn_by_tensors and further:
+        if keys.nextn_tensors is None:
+            name = keys.full_name("nextn_predict_layers")
+            raise ShapeError(f"{name} is {further}, but whether the file holds those layers is not known")
+        further = further if keys.nextn_tensors else 0
+    if further >= layers and row.memory is not borrowed:
+        raise ShapeError(f"{keys.full_name('nextn_predict_layers')} is {further} of {layers} layers")
+    trunk = max(layers - further, 0)
+
+    embedding = keys.number("embedding_length", 0)
+    heads = keys.per_layer("attention.head_count", header_layers, (0,) * header_layers)
+    kv_heads = keys.per_layer("attention.head_count_kv", header_layers, heads)
+    feed_forward = keys.per_layer("feed_forward_length", header_layers, (0,) * header_layers)
+    heads, kv_heads, feed_forward = (
+        values * repeats + row.extra for values in (heads, kv_heads, feed_forward)
+    )
+    key_length = value_length = embedding // heads[0] if heads[0] else 0
+    if heads[0] or row.lengths_without_heads:
+        key_length = keys.number("attention.key_length", key_length)
+        value_length = keys.number("attention.value_length", value_length)
+    lengths = HeaderLayers(trunk, layers, embedding, heads, kv_heads, feed_forward, key_length)
+
+    window_tokens = row.window.tokens(keys, trunk) if row.window else None
+    window_layers = (False,) * layers
+    if row.window and window_tokens is not None:
+        window_layers = row.window.layers(keys, trunk, layers)
+    kept, attending = _recurrent_layers(keys, row, lengths)
+    return ModelShape(
+        keys=keys,
+        context_length=keys.number("context_length", least=1),
+        trunk_layers=trunk,
+        layers=layers,
+        cached_layers=row.cached(keys, layers) if row.cached else layers,
+        kv_heads=kv_heads,
+        key_length=key_length,
+        value_length=value_length,
+        key_length_window=keys.number("attention.key_length_swa", key_length),
+        value_length_window=keys.number("attention.value_length_swa", value_length),
+        window_tokens=window_tokens,
+        chunked=row.window is not None and row.window.chunked,
+        window_layers=window_layers,
+        latent=row.latent(keys),
+        image_positions=row.image_positions(keys),
+        attention_layers=attending,
+        recurrent=kept,
+    )
+
+
+def _recurrent_layers(
+    keys: Keys, row: Architecture, header: HeaderLayers
+) -> tuple[Recurrent | None, tuple[int, ...]]:
+    rule = row.recurrent
+    if rule is None:
+        return None, ()
+    among = range(header.trunk if rule.trunk_only else header.total)
+    flags = rule.layers(keys, header)
+    attends = rule.attending(keys, header) if rule.attending else tuple(not flag for flag in flags)
+    layers = tuple(il for il in among if flags[il])
+    convolution, state = rule.sizes(keys, header)
+    history = 0
+    history_layers: tuple[int, ...] = ()
+    if rule.history and keys.has("ple.layers"):
+        history_layers = tuple(il for il in keys.numbers("ple.layers") if il in layers)
+        history = (
+            max(keys.number("ple.conv_kernel") - 1, 0)
+            * keys.number("ple.ngram_size")
+            * keys.number("hyper_connection.count")
+            * header.embedding
+        )
+    kept = Recurrent(layers, convolution, state, history, history_layers, rule.rollback)
+    return kept, tuple(il for il in among if attends[il])
