@@ -2,14 +2,14 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint tools truth bench docs clean
+.PHONY: help demo test lint tools truth bench docs pictures clean
 
 IN_VENV := .venv/bin/
 PYTHON := $(IN_VENV)python
 PIP_INSTALL := $(PYTHON) -m pip install --quiet --disable-pip-version-check --editable
 
 help: ## say what can be made
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-6s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo 'Arguments are given like this: make demo ARGS="--turns 3"'
 
 demo: .venv/.demo-installed ## watch a real llama.cpp server with a tiny model in the terminal
@@ -37,6 +37,9 @@ docs: .venv/.dev-installed ## write docs/METRICS.md from the metric rows
 	$(PYTHON) -m kvscope.metrics.document > docs/METRICS.new
 	mv docs/METRICS.new docs/METRICS.md
 
+pictures: .venv/.pictures-installed ## draw the pictures of docs/pictures that come from figures
+	$(PYTHON) docs/pictures/growth.py
+
 clean: ## remove everything that make made
 	rm -rf .venv .tools .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
 	find exporter tests -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -49,6 +52,11 @@ clean: ## remove everything that make made
 .venv/.demo-installed: pyproject.toml | $(PYTHON)
 	@echo 'installing kvscope with what its demo needs into .venv'
 	@$(PIP_INSTALL) '.[demo]'
+	@touch $@
+
+.venv/.pictures-installed: pyproject.toml | $(PYTHON)
+	@echo 'installing what draws the pictures into .venv'
+	@$(PIP_INSTALL) '.[pictures]'
 	@touch $@
 
 # find-python answers "python PATH", or in one line what is missing.

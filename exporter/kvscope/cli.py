@@ -11,6 +11,7 @@ import click
 from click.core import ParameterSource
 
 from kvscope.commands.healthcheck import healthcheck
+from kvscope.commands.plan import plan_command
 from kvscope.commands.serve import serve
 from kvscope.settings import SettingsError
 
@@ -27,6 +28,7 @@ Examples:
   kvscope serve                     watch 127.0.0.1:8080, figures at http://127.0.0.1:10188/metrics
   kvscope serve --once              print one look
   kvscope serve --help              all settings, with examples
+  kvscope plan model.gguf           what its KV cache needs, and how much context fits
 """,
 )
 @click.version_option(version("kvscope"), prog_name="kvscope", message="%(prog)s %(version)s")
@@ -39,6 +41,7 @@ def kvscope(ctx: click.Context) -> None:
 
 kvscope.add_command(serve)
 kvscope.add_command(healthcheck)
+kvscope.add_command(plan_command, "plan")
 
 
 @kvscope.command(

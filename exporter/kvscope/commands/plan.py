@@ -222,7 +222,7 @@ def _server_arguments(ctx: click.Context) -> Iterator[str]:
 
 def _context_sizes(contexts: Sequence[str]) -> Iterator[int]:
     for written in (each.strip() for context in contexts for each in context.split(",")):
-        tokens = context_settings(["-c", written], strict=True).context_tokens
-        if tokens is None or tokens < 0:
-            raise SettingsError(f"-c {written}: write a number of tokens, or 0 for the model's own")
-        yield tokens
+        read = context_settings(["-c", written], strict=True)
+        if read.context_tokens is None or read.notes:
+            raise SettingsError(f"-c {written!r}: write a number of tokens, or 0 for the model's own")
+        yield read.context_tokens

@@ -40,7 +40,7 @@ def _parts(plan: Plan) -> Iterator[RenderableType]:
     yield from _contexts(plan)
     if plan.fits:
         beside = "without the weights" if plan.model.weights_bytes is None else "beside the weights"
-        heading = f"Largest context that fits into {size(plan.vram_bytes or 0)} {beside}, in tokens (in all: -c):"
+        heading = f"Largest context in tokens that fits into {size(plan.vram_bytes or 0)} {beside}:"
         yield Group(Text(heading, style="bold"), _fits(plan.fits), *_legend(plan))
     yield Group(*(_bullet(note) for note in plan.notes))
     yield Group(

@@ -18,7 +18,8 @@ from kvscope.planned import (
     PlannedSettings,
 )
 from kvscope.tracking.context import SLOTS_WHEN_UNSAID, context_parameters, draft_parameters, unified
-from kvscope.tracking.kv_memory import ContextParameters, KvMemory, ShapeError, kv_memory
+from kvscope.tracking.kv_memory import MOST_SEQUENCES, ContextParameters, KvMemory, ShapeError, kv_memory
+from kvscope.tracking.memory_kinds import ROW_TYPES
 
 CELLS_STEP = 256
 """llama.cpp rounds each slot's context up to so many cells (llama_context::llama_context)."""
@@ -26,13 +27,9 @@ CELLS_STEP = 256
 USUAL_CONTEXTS = (8192, 32768, 131072)
 """What is shown when no context is asked for, besides the model's own."""
 
-MOST_SLOTS = 256
-"""LLAMA_MAX_SEQ of llama.cpp (src/llama-cparams.h, b11549)."""
-
 FIT_SLOTS = (1, 2, 4)
 FIT_CACHE_TYPES = ("f16", "q8_0", "q4_0")
 _DRAFT = "draft"
-_NOT_QUANTIZED = frozenset({"f32", "f16", "bf16"})
 _GIB = 1 << 30
 
 LEFT_OUT = (
@@ -40,9 +37,9 @@ LEFT_OUT = (
         "compute_buffers",
         _GIB // 4,
         2 * _GIB,
-        "they grow with -ub and with the context, and much with -fa off",
+        "they grow with -ub and the context, and with -fa off to far more",
     ),
-    LeftOut("mmproj", _GIB // 4, 3 * _GIB // 2, "the file for images or sound, where one is loaded"),
+    LeftOut("mmproj", 3 * _GIB // 20, 3 * _GIB // 2, "the file for images or sound, where one is loaded"),
     LeftOut("others", _GIB // 4, _GIB, "the GPU's driver, a desktop"),
 )
 """What no figure here contains; docs/PLAN.md says where the sizes come from."""
@@ -105,8 +102,7 @@ def plan(question: Question) -> Plan:
         for tokens in question.context_tokens or _usual_contexts(own_context)
     ]
     parameters = context_parameters(settings, asked[0], slots)
-    if problem := _refusal(parameters):
-        raise RefusedError(problem)
+    _refuse_impossible(parameters)
     free = None if question.vram_bytes is None else question.vram_bytes - question.reserve_bytes
     contexts = tuple(
         _planned(
@@ -190,22 +186,32 @@ def _fits(
             asked = replace(
                 parameters, sequences=slots, unified=shared, cache_type_k=type_k, cache_type_v=type_v
             )
-            known = ContextFit(type_k, type_v, slots, shared, ended_by="memory")
-            if problem := _refusal(asked):
-                yield replace(known, ended_by="refused", problem=problem)
-                continue
-            tokens = largest_context(header, asked, settings, most_bytes, context_length)
-            if tokens == 0:
-                yield replace(known, slot_context_tokens=0, context_tokens=0)
-                continue
-            sized = _sized(asked, tokens)
-            yield replace(
-                known,
-                ended_by="model" if tokens == context_length else "memory",
-                slot_context_tokens=tokens,
-                context_tokens=sized.context_tokens,
-                kv_bytes=_memory(header, sized, settings).allocated_bytes,
-            )
+            try:
+                yield _fit(header, asked, settings, most_bytes, context_length)
+            except (RefusedError, ShapeError) as problem:
+                yield ContextFit(type_k, type_v, slots, shared, "refused", problem=str(problem))
+
+
+def _fit(
+    header: ModelHeader,
+    parameters: ContextParameters,
+    settings: ContextSettings,
+    most_bytes: int,
+    context_length: int,
+) -> ContextFit:
+    _refuse_impossible(parameters)
+    tokens = largest_context(header, parameters, settings, most_bytes, context_length)
+    sized = _sized(parameters, tokens)
+    return ContextFit(
+        parameters.cache_type_k,
+        parameters.cache_type_v,
+        parameters.sequences,
+        parameters.unified,
+        ended_by="model" if tokens == context_length else "memory",
+        slot_context_tokens=tokens,
+        context_tokens=sized.context_tokens,
+        kv_bytes=_memory(header, sized, settings).allocated_bytes if tokens else None,
+    )
 
 
 def _sized(parameters: ContextParameters, slot_tokens: int) -> ContextParameters:
@@ -269,8 +275,8 @@ def _caches(memory: _Memory) -> Iterator[PlannedCache]:
 def _slots(settings: ContextSettings) -> int:
     if settings.slots is None or settings.slots < 0:
         return SLOTS_WHEN_UNSAID
-    if not 1 <= settings.slots <= MOST_SLOTS:
-        raise RefusedError(f"-np {settings.slots}: llama-server takes 1 to {MOST_SLOTS} slots")
+    if not 1 <= settings.slots <= MOST_SEQUENCES:
+        raise RefusedError(f"-np {settings.slots}: llama-server takes 1 to {MOST_SEQUENCES} slots")
     return settings.slots
 
 
@@ -292,14 +298,13 @@ def _usual_contexts(own: int | None) -> Sequence[int]:
     return (*(tokens for tokens in USUAL_CONTEXTS if own is None or tokens < own), *([0] if own else []))
 
 
-def _refusal(parameters: ContextParameters) -> str | None:
-    """Return why llama-server would not start (llama_init_from_model), if so."""
-    if parameters.cache_type_v not in _NOT_QUANTIZED and not parameters.flash_attention:
-        return (
+def _refuse_impossible(parameters: ContextParameters) -> None:
+    """Raise RefusedError for what llama_init_from_model refuses whatever the model is."""
+    if ROW_TYPES[parameters.cache_type_v][0] > 1 and not parameters.flash_attention:
+        raise RefusedError(
             f"-ctv {parameters.cache_type_v} with -fa off is refused by llama.cpp: a quantized V cache needs "
             "flash attention, leave out -fa or keep V at f16"
         )
-    return None
 
 
 def _notes(
