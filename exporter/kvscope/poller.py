@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
+from kvscope.observed.model import ModelSeen
 from kvscope.observed.server import (
     ServerCounters,
     ServerLook,
@@ -25,7 +26,8 @@ from kvscope.observed.server import (
 from kvscope.settings import ServerSettings, Settings
 from kvscope.snapshot import ServerBox
 from kvscope.sources.llama_server import AnswerError, Failure, LlamaServer
-from kvscope.sources.server_process import NotReadableError, find_server_process, is_alive
+from kvscope.sources.model_file import ModelFile, ModelFileError, Served
+from kvscope.sources.server_process import NotReadableError, find_server_process, is_alive, is_here
 from kvscope.tracking.history import History, advance, counters_moved, looks_restarted, of_another_process
 from kvscope.tracking.publish import box, expires_at
 from kvscope.words import Words
@@ -34,6 +36,9 @@ COUNTERS_AT_LEAST_EVERY_SECONDS = 30.0
 COUNTERS_WHILE_ALL_BUSY_SECONDS = 5.0
 PROPS_EVERY_SECONDS = 30.0
 PROCESS_EVERY_SECONDS = 30.0
+MODEL_EVERY_SECONDS = 30.0
+MODEL_PATIENCE_SECONDS = 2.0
+"""A model on a disk that sleeps is read on while the looks go on."""
 LONGEST_BACK_OFF_SECONDS = 30.0
 FAILURES_UNTIL_BROKEN = 2
 SHORTEST_SLEEP_SECONDS = 1.0
@@ -64,6 +69,7 @@ class Poller:
         client: LlamaServer | None = None,
         find_process: Callable[[ServerSettings], ServerProcess] = find_server_process,
         process_lives: Callable[[ServerProcess], bool] = is_alive,
+        model_file: ModelFile | None = None,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -75,7 +81,14 @@ class Poller:
         self._process_lives = process_lives
         self._clock = clock
         self._monotonic = monotonic
-        self._history = History(server.name)
+        self._history = History(server.name, given=server.arguments)
+        self._model_file = model_file or ModelFile(server, settings.model_path_map)
+        self._model: ModelSeen | None = None
+        self._model_of: Served | None = None
+        self._model_asked_at: float | None = None
+        self._model_reading: asyncio.Task[ModelSeen | None] | None = None
+        self._model_problem: str | None = None
+        self._here: bool | None = None
         self._failed_looks = 0
         self._pause_seconds = settings.idle_interval_seconds
         self._intervals: tuple[tuple[Source, float], ...] = ()
@@ -100,6 +113,8 @@ class Poller:
         finally:
             if self._aging is not None:
                 self._aging.cancel()
+            if self._model_reading is not None:
+                self._model_reading.cancel()
             await self._client.close()
 
     async def look_once(self) -> ServerBox:
@@ -116,6 +131,7 @@ class Poller:
             self._metrics_failures = 0
         self._decide_how_long_to_wait()
         self._words.tell_look(before if before.looks else None, after)
+        self._tell_of_memory(after)
         return self._publish_now()
 
     def pause_seconds(self) -> float:
@@ -134,6 +150,7 @@ class Poller:
                 self._advance(await self._state_without_props(error))
                 return
         await self._look_at_process()
+        await self._look_at_model(props)
         slept = self._history.state is ServerState.SLEEPING
         if props is not None and props.sleeping:
             readable = self._metrics_readable(props)
@@ -384,6 +401,51 @@ class Poller:
         else:
             self._answers.append(SourceAnswer(Source.PROCESS, self._monotonic() - started))
 
+    async def _look_at_model(self, props: ServerProps | None) -> None:
+        """Read the shape of the model once, and again when the server names another or the file changed."""
+        if self._here is None:
+            self._here = await asyncio.to_thread(is_here, self._server)
+        served = self._served(props)
+        due = self._model_asked_at is None or self._passed(self._model_asked_at, MODEL_EVERY_SECONDS)
+        if self._model_reading is None and (due or served != self._model_of or self._restart_seen):
+            self._model_asked_at = self._monotonic()
+            if served != self._model_of:
+                self._model, self._model_of = None, served
+            self._model_reading = asyncio.ensure_future(asyncio.to_thread(self._model_file.read, served))
+        if self._model_reading is None:
+            return
+        done, _ = await asyncio.wait({self._model_reading}, timeout=MODEL_PATIENCE_SECONDS)
+        if not done:
+            return
+        reading, self._model_reading, self._model_problem = self._model_reading, None, None
+        try:
+            self._model = reading.result()
+        except ModelFileError as error:
+            self._model, self._model_problem = None, str(error)
+        if self._model is not None or self._model_problem:
+            took = self._monotonic() - (self._model_asked_at or 0.0)
+            self._answers.append(SourceAnswer(Source.MODEL_FILE, took, self._model_problem))
+
+    def _tell_of_memory(self, history: History) -> None:
+        if history.props is None or self._model_reading is not None or self._model_problem:
+            return
+        if history.memory.problem is not None:
+            self._words.tell_once(logging.INFO, history.memory.problem)
+        for warning in history.memory.warnings:
+            self._words.tell_once(logging.WARNING, warning)
+        for remark in history.memory.remarks:
+            self._words.tell_once(logging.INFO, remark)
+
+    def _served(self, props: ServerProps | None) -> Served:
+        props = props or self._history.props
+        process = self._process
+        return Served(
+            path=props.model_path if props else None,
+            directory=process.working_directory if process else None,
+            here=process is not None or bool(self._here),
+            process_seen=process is not None,
+        )
+
     def _check_process(self) -> None:
         """A process that is gone is looked for again; one that still runs was seen once more."""
         if self._process is None:
@@ -417,6 +479,8 @@ class Poller:
         pause, state = self._pause_seconds, self._history.state
         if self._process is not None:
             yield Source.PROCESS, pause
+        if self._model is not None:
+            yield Source.MODEL_FILE, max(pause, MODEL_EVERY_SECONDS)
         if state not in (ServerState.READY, ServerState.SLEEPING, ServerState.SLOTS_DISABLED):
             # Each look begins with /props and goes on only where that answers.
             yield Source.PROPS, pause
@@ -461,6 +525,7 @@ class Poller:
                 props=props,
                 process=self._process,
                 process_readable=self._process is not None,
+                model=self._model if self._served(props) == self._model_of else None,
                 metrics_available=self._metrics_available(props),
                 counters_readable=True if counters is not None else self._metrics_usable(props),
                 answers=answers,

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
+from kvscope.observed.model import ContextSettings
+
 DEFAULT_LISTEN = "127.0.0.1:10188"
 DEFAULT_SERVER = "http://127.0.0.1:8080"
 
@@ -30,6 +32,7 @@ _EXAMPLES = {
     "PATH": "/etc/kvscope/main.file",
     "'Header: value'": "'X-Team: blue'",
     "auto|off|SECONDS": "off",
+    "'ARGUMENTS'": "'-c 65536 -np 4'",
 }
 _SECRET_WORDS = ("auth", "cookie", "key", "password", "secret", "token")
 
@@ -46,7 +49,9 @@ class ServerSettings:
     a name.
     api_key never leaves the Authorization header: it is left out of repr and of every output.
     api_key_from: where the key was read, fit to be shown.
-    sleep_idle: "auto", "off", or the seconds after which the server sleeps.
+    sleep_idle: "auto", "off", or the seconds after which the server sleeps. arguments: what the user says
+    that the server was started with. model_file, kv_shape: the model's file, or a file with its shape
+    alone, as kvscope can read it.
     """
 
     name: str
@@ -57,11 +62,17 @@ class ServerSettings:
     ca_file: str | None = None
     sleep_idle: str | float = "auto"
     api_key_from: str | None = None
+    arguments: ContextSettings | None = None
+    model_file: str | None = None
+    kv_shape: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Everything `kvscope serve` can be told."""
+    """Everything `kvscope serve` can be told.
+
+    model_path_map: (folder as servers name it, the same folder as kvscope sees it).
+    """
 
     servers: tuple[ServerSettings, ...] = (ServerSettings("main"),)
     listen_host: str = "127.0.0.1"
@@ -71,6 +82,7 @@ class Settings:
     server_metrics: bool = True
     log_level: str = "info"
     log_format: str = "text"
+    model_path_map: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +244,23 @@ def sleep_idle_of_server(text: str) -> tuple[str | None, str | float]:
     return name, sleep_idle_setting(value)
 
 
+def mapped_path(text: str) -> tuple[str, str]:
+    """Return both folders of HOST=CONTAINER: as the server names it, and as kvscope sees it."""
+    there, equals, here = text.partition("=")
+    return path_pair(there, here) if equals else path_pair(text, "")
+
+
+def path_pair(there: str, here: str) -> tuple[str, str]:
+    """Return two folders if both are absolute. They are not repeated in errors: a home may stand there."""
+    absolute = there.startswith("/") or re.match(r"[A-Za-z]:[\\/]", there)
+    if not absolute or not here.startswith("/"):
+        raise SettingsError(
+            "a path map needs two absolute folders, the server's and kvscope's: "
+            "write for example /srv/models=/models"
+        )
+    return there.rstrip("/") or "/", here.rstrip("/") or "/"
+
+
 def header(name: str, value: str) -> tuple[str, str]:
     """Return a request header's name and value, if HTTP can carry them. No error repeats the value."""
     if not _HEADER_NAME.fullmatch(name):
@@ -292,6 +321,10 @@ def refuse_impossible(settings: Settings) -> None:
                 f"servers {other!r} and {server.name!r} would share the key variable {variable}: rename one"
             )
         named[variable] = server.name
+        if server.model_file and server.kv_shape:
+            raise SettingsError(
+                f"server {server.name!r} has a model file and a shape file: keep the one that is right"
+            )
         if server.api_key and any(name.lower() == "authorization" for name in server.headers):
             raise SettingsError(
                 f"server {server.name!r} has an API key and an Authorization header: keep only one"

@@ -29,6 +29,17 @@ class SlotBox:
     last_prompt_tokens: Mapping[str, int] | None = None
     last_used_at: float | None = None
     lru_rank: int | None = None
+    kv_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TierBox:
+    """One tier of the cache as it is now."""
+
+    held_bytes: int | None = None
+    limit_bytes: int | None = None
+    tokens: int | None = None
+    limit_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +112,10 @@ class SourceBox:
 class ServerBox:
     """One server as it is now. slots is empty while none is known.
 
-    created_at: Unix seconds of the first look at it, whatever came of it.
+    created_at: Unix seconds of the first look at it, whatever came of it. kv_allocated: bytes by
+    (device, kind of cache), None where one is not known. model_bytes: on disk. kv_sources: by setting,
+    where the byte figures' settings were read. kv_disagreement: how far formula and log are apart. tiers
+    by name.
     """
 
     name: str
@@ -120,6 +134,12 @@ class ServerBox:
     slots_busy: int | None = None
     requests_deferred: int | None = None
     kv_unified: bool | None = None
+    kv_allocated: Mapping[tuple[str | None, str | None], int] | None = None
+    kv_bytes_per_token: float | None = None
+    kv_sources: Mapping[str, str] | None = None
+    kv_disagreement: float | None = None
+    model_bytes: int | None = None
+    tiers: Mapping[str, TierBox] = field(default_factory=dict)
     slots: tuple[SlotBox, ...] = ()
     counts: tuple[ModelCounts, ...] = ()
     sources: Mapping[str, SourceBox] = field(default_factory=dict)

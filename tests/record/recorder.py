@@ -180,9 +180,9 @@ class Stage:
                 found = find_server_process(dataclasses.replace(settings, url=self._upstream))
         seen: dict[str, Any] | None = None
         if found is not None:
-            seen = dataclasses.asdict(found)
-            del seen["pid"]
-            seen["started_at_t"] = self._since(time.monotonic() - time.time() + seen.pop("started_at"))
+            # What its flags say is told by the head of the recording; its paths are nobody's business.
+            started = self._since(time.monotonic() - time.time() + found.started_at)
+            seen = {"sleep_idle_seconds": found.sleep_idle_seconds, "started_at_t": started}
         self.lines.append({"look": self._looks, "t": self._since(time.monotonic()), "process": seen})
         if found is None:
             raise NotReadableError("it is not reached over a port of this machine")

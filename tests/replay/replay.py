@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shlex
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from pathlib import Path
 from unittest.mock import patch
 
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
 from kvscope.metrics.web import application
+from kvscope.observed.model import ModelSeen
 from kvscope.observed.server import ServerProcess
 from kvscope.poller import Poller
 from kvscope.settings import ServerSettings, Settings
 from kvscope.snapshot import Board
 from kvscope.sources import llama_server
 from kvscope.sources.llama_server import LlamaServer
+from kvscope.sources.model_file import ModelFile, Served
+from kvscope.sources.model_shape import read_shape
+from kvscope.sources.server_arguments import context_settings
 from kvscope.sources.server_process import NotReadableError
-from tests.replay.recording import Line, Recording, body_of
+from tests.replay.recording import RECORDINGS, Line, Recording, body_of
 
 BEGAN_AT = 1_800_000_000.0
 """Unix seconds at which every recording begins when it is played back."""
@@ -60,6 +66,17 @@ class Replayed:
     pages: dict[str, str] = field(default_factory=dict)
 
 
+class RecordedModel(ModelFile):
+    """The model that was recorded: its shape lies beside the recordings, if it does."""
+
+    def read(self, served: Served) -> ModelSeen | None:
+        """Return the shape of a model by the name of its file."""
+        if served.path is None or not served.process_seen:
+            return None
+        shape = RECORDINGS / f"{Path(served.path).stem}.shape.json"
+        return ModelSeen(read_shape(shape)) if shape.is_file() else None
+
+
 class RecordedServer:
     """A web application that gives the recorded answers in their order and sets the clock to theirs.
 
@@ -73,6 +90,8 @@ class RecordedServer:
         self._look: list[tuple[int, Line]] = []
         self._clock = clock
         self._process: Line | None = None
+        flags = shlex.split(recording.head["flags"])
+        self._settings = context_settings(flags, recording.head["environment"])
         self.line = 1
         self.problem: str | None = None
 
@@ -118,8 +137,12 @@ class RecordedServer:
             self._process = line["process"]
         if self._process is None:
             raise NotReadableError("it is not reached over a port of this machine")
-        process = dict(self._process)
-        return ServerProcess(pid=NOT_A_PROCESS, started_at=BEGAN_AT + process.pop("started_at_t"), **process)
+        return ServerProcess(
+            pid=NOT_A_PROCESS,
+            started_at=BEGAN_AT + self._process["started_at_t"],
+            sleep_idle_seconds=self._process["sleep_idle_seconds"],
+            settings=self._settings,
+        )
 
     def _take(self, key: str, value: str | None = None) -> Line | None:
         for place, (_, line) in enumerate(self._look):
@@ -158,6 +181,7 @@ async def replay(recording: Recording, after_lines: Collection[int] = ()) -> Rep
             client=client,
             find_process=recorded.find_process,
             process_lives=lambda _: True,
+            model_file=RecordedModel(settings),
             clock=clock.time,
             monotonic=clock.monotonic,
         )

@@ -9,11 +9,13 @@ from typing import Any
 import psutil
 from fake_server import FakeServer
 
+from kvscope.observed.model import ModelSeen
 from kvscope.observed.server import ServerProcess
 from kvscope.poller import Poller
 from kvscope.settings import ServerSettings, Settings
 from kvscope.snapshot import Board, ServerBox
 from kvscope.sources.llama_server import LlamaServer
+from kvscope.sources.model_file import Served
 from kvscope.sources.server_process import NotReadableError, is_alive
 
 PATIENT_SECONDS = 60.0
@@ -44,6 +46,20 @@ def process(**flags: Any) -> Callable[[ServerSettings], ServerProcess]:
     return lambda _: found
 
 
+class ModelAtHand:
+    """A model whose shape is known without a file; without one, no file is in sight."""
+
+    named = False
+
+    def __init__(self, seen: ModelSeen | None = None) -> None:
+        self.seen = seen
+        self.asked: list[Served] = []
+
+    def read(self, served: Served) -> ModelSeen | None:
+        self.asked.append(served)
+        return self.seen
+
+
 class Watched:
     """One server watched by one poller; `box` is what it published last."""
 
@@ -56,6 +72,7 @@ class Watched:
         board: Board | None = None,
         clock: Clock | None = None,
         sleep_idle: str | float = "auto",
+        model_file: Any = None,
         **settings: Any,
     ) -> None:
         told = server if isinstance(server, ServerSettings) else server.settings(sleep_idle=sleep_idle)
@@ -70,6 +87,7 @@ class Watched:
             client=self.client,
             find_process=find_process,
             process_lives=process_lives,
+            model_file=model_file or ModelAtHand(),
             clock=self.clock.time,
             monotonic=self.clock.monotonic,
         )

@@ -25,8 +25,10 @@ from kvscope.commands.settings_file import (
     read_settings_file,
     readable_by_others,
     refuse_bad_certificates,
+    server_arguments,
     shown_path,
 )
+from kvscope.observed.model import ContextSettings
 from kvscope.settings import ServerSettings, Settings, SettingsError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -137,6 +139,31 @@ def server_options(command: Command) -> Command:
             "Whether the server sleeps when idle, as given to it with --sleep-idle-seconds. One that may is "
             "not asked for /slots while idle, since each request would keep it awake.  [default: auto]",
         ),
+        _repeated(
+            "--server-args",
+            "NAME='ARGUMENTS'",
+            Written("server_args", _named_arguments, apart="\n"),
+            "What the server was started with, in its own flags, where its process cannot be read or for "
+            "what it does not say: '-c 65536 -np 4 -ctk q8_0'. In the variable one server a line.",
+        ),
+        _repeated(
+            "--model-file",
+            "NAME=PATH",
+            Written("model_file", _named_path),
+            "The model's file, where the path that the server names is not readable here.",
+        ),
+        _repeated(
+            "--model-path-map",
+            "HOST=CONTAINER",
+            Written("model_path_map", written.mapped_path),
+            "A folder of models as servers name it, and where kvscope sees the same folder.",
+        ),
+        _repeated(
+            "--kv-shape",
+            "NAME=FILE",
+            Written("kv_shape", _named_path),
+            "What `kvscope plan MODEL --shape` printed elsewhere, instead of the model's file.",
+        ),
         _interval(
             "--busy-interval", _DEFAULTS.busy_interval_seconds, "Seconds between looks at a busy server."
         ),
@@ -192,6 +219,9 @@ def chosen_settings(ctx: click.Context, environment: Mapping[str, str] = os.envi
     ca_files = per_server.single("ca_file")
     headers = per_server.headers()
     sleeps = per_server.single("sleep_idle")
+    arguments = per_server.single("server_args")
+    model_files = per_server.single("model_file")
+    shapes = per_server.single("kv_shape")
     key_files_by_flag = ctx.get_parameter_source("api_key_file") is ParameterSource.COMMANDLINE
     servers = []
     for name, address in addresses.items():
@@ -215,6 +245,12 @@ def chosen_settings(ctx: click.Context, environment: Mapping[str, str] = os.envi
         ca_file = path_of(ca_files[name]) if name in ca_files else table.ca_file
         if ca_file:
             refuse_bad_certificates(ca_file)
+        model_file = path_of(model_files[name]) if name in model_files else table.model_file
+        shape = path_of(shapes[name]) if name in shapes else table.kv_shape
+        if name in model_files and name not in shapes:
+            shape = None  # what stands nearer to the user goes before the file
+        elif name in shapes and name not in model_files:
+            model_file = None
         sleep_idle = (sleeps.get(name), sleeps.get(None), table.sleep_idle, file.sleep_idle if file else None)
         servers.append(
             ServerSettings(
@@ -226,6 +262,9 @@ def chosen_settings(ctx: click.Context, environment: Mapping[str, str] = os.envi
                 headers=_joined(table.headers, headers.get(name, {})),
                 ca_file=str(ca_file) if ca_file else None,
                 sleep_idle=next((each for each in sleep_idle if each is not None), "auto"),
+                arguments=arguments.get(name, table.arguments),
+                model_file=str(model_file) if model_file else None,
+                kv_shape=str(shape) if shape else None,
             )
         )
     host, port = given["listen"]
@@ -238,6 +277,7 @@ def chosen_settings(ctx: click.Context, environment: Mapping[str, str] = os.envi
         server_metrics=given["server_metrics"],
         log_level=given["log_level"],
         log_format=given["log_format"],
+        model_path_map=tuple(given["model_path_map"]) or (file.model_path_map if file else ()),
     )
     written.refuse_impossible(settings)
     if file and file.servers and not tables:
@@ -257,6 +297,11 @@ def _variable(flag: str) -> str:
 
 def _named_path(text: str) -> tuple[str, str]:
     return written.named_value(text, "PATH")
+
+
+def _named_arguments(text: str) -> tuple[str, ContextSettings]:
+    name, value = written.named_value(text, "'ARGUMENTS'")
+    return name, server_arguments(value)
 
 
 def _repeated(flag: str, metavar: str, kind: Written, help_text: str) -> Callable[[Command], Command]:

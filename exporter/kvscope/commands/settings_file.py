@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import ssl
 import stat
 import tomllib
@@ -13,14 +14,25 @@ from pathlib import Path
 from typing import Any
 
 from kvscope import settings as written
+from kvscope.observed.model import ContextSettings
 from kvscope.settings import SettingsError
+from kvscope.sources.server_arguments import ArgumentsError, context_settings
 
 LARGEST_SETTINGS_FILE_BYTES = 1_000_000
 LARGEST_KEY_FILE_BYTES = 100_000
 
 _PLAIN_KEYS = ("listen", "busy_interval", "idle_interval", "server_metrics", "log_level", "log_format")
-_KEYS = (*_PLAIN_KEYS, "sleep_idle", "servers")
-_SERVER_KEYS = ("url", "api_key_file", "headers", "ca_file", "sleep_idle")
+_KEYS = (*_PLAIN_KEYS, "sleep_idle", "model_path_map", "servers")
+_SERVER_KEYS = (
+    "url",
+    "api_key_file",
+    "headers",
+    "ca_file",
+    "sleep_idle",
+    "server_args",
+    "model_file",
+    "kv_shape",
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +44,9 @@ class ServerTable:
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     ca_file: Path | None = None
     sleep_idle: str | float | None = None
+    arguments: ContextSettings | None = None
+    model_file: Path | None = None
+    kv_shape: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +58,7 @@ class SettingsFile:
     servers: Mapping[str, ServerTable]
     sleep_idle: str | float | None = None
     warnings: tuple[str, ...] = ()
+    model_path_map: tuple[tuple[str, str], ...] = ()
 
 
 def default_settings_file() -> Path | None:
@@ -75,12 +91,18 @@ def read_settings_file(path: Path) -> SettingsFile:
     if "sleep_idle" in content:
         with _told(f"{shown}: sleep_idle"):
             sleep_idle = _sleep_idle(content["sleep_idle"])
+    path_map: tuple[tuple[str, str], ...] = ()
+    if "model_path_map" in content:
+        with _told(f"{shown}: model_path_map"):
+            path_map = _path_map(content["model_path_map"])
     tables = content.get("servers", {})
     if not isinstance(tables, dict) or ("servers" in content and not tables):
         raise SettingsError(f"{shown}: servers is no table with servers: write [servers.main]")
     servers = {name: _server(shown, name, table, path.parent) for name, table in tables.items()}
     secret = any(written.may_hold_secret(name) for table in servers.values() for name in table.headers)
-    return SettingsFile(shown, plain, servers, sleep_idle, readable_by_others(path) if secret else ())
+    return SettingsFile(
+        shown, plain, servers, sleep_idle, readable_by_others(path) if secret else (), path_map
+    )
 
 
 def key_from(path: Path) -> str:
@@ -162,17 +184,44 @@ def _server(shown: str, name: str, table: object, folder: Path) -> ServerTable:
     values: dict[str, Any] = {}
     with _told(f"{where}.url"):
         values["address"] = written.server_address(_text(table["url"]))
-    for key in ("api_key_file", "ca_file"):
+    for key in ("api_key_file", "ca_file", "model_file", "kv_shape"):
         if key in table:
             with _told(f"{where}.{key}"):
                 values[key] = folder / path_of(_text(table[key]))
     if "sleep_idle" in table:
         with _told(f"{where}.sleep_idle"):
             values["sleep_idle"] = _sleep_idle(table["sleep_idle"])
+    if "server_args" in table:
+        with _told(f"{where}.server_args"):
+            values["arguments"] = server_arguments(table["server_args"])
     if "headers" in table:
         with _told(f"{where}.headers"):
             values["headers"] = _headers(table["headers"])
     return ServerTable(**values)
+
+
+def server_arguments(value: object) -> ContextSettings:
+    """Return what a server's arguments say, written as a shell takes them or as a list of words.
+
+    Raises SettingsError for what llama-server would not take.
+    """
+    if isinstance(value, list) and all(isinstance(word, str) for word in value):
+        words = value
+    else:
+        try:
+            words = shlex.split(_text(value))
+        except ValueError:
+            raise SettingsError("the server's arguments have a quote that is not closed: close it") from None
+    try:
+        return context_settings(words, strict=True)
+    except ArgumentsError as error:
+        raise SettingsError(str(error)) from None
+
+
+def _path_map(value: object) -> tuple[tuple[str, str], ...]:
+    if not isinstance(value, dict):
+        raise SettingsError("it is no table: write { '/srv/models' = '/models' }")
+    return tuple(written.path_pair(there, _text(here)) for there, here in value.items())
 
 
 def _headers(value: object) -> dict[str, str]:

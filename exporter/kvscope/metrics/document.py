@@ -57,7 +57,9 @@ LABELS: tuple[tuple[str, str], ...] = (
         "source",
         "of tokens: `computed`; `unknown`: reused, from which tier is not known; of unattributed tokens: "
         "`computed`, `reused`, `generated`; in `kvscope_source_...` and `kvscope_poll_interval_seconds`: "
-        + ", ".join(f"`{source}`" for source in Source),
+        + ", ".join(f"`{source}`" for source in Source)
+        + "; in `kvscope_kv_source_info`: `setting`: given to kvscope; `log`; `process`: its command line "
+        "and environment; `props`: what /props says; `default`: llama.cpp's own, as nothing else was said",
     ),
     ("outcome", "how a request ended: `unknown`, because polls do not tell"),
     (
@@ -74,10 +76,21 @@ LABELS: tuple[tuple[str, str], ...] = (
         "client asked for it; `sleep`; `restart`; `unknown`: two reasons fit, or none",
     ),
     ("kept", "whether a copy lives on: `unknown`, because polls do not tell"),
+    (
+        "cache",
+        "`full`: attention over the whole context; `window`: over a sliding or chunked window; `compressed`; "
+        "`indexer`: what sparse attention looks up; `recurrent`: state of a fixed size",
+    ),
+    ("device", "as llama.cpp names it; left out where only model and settings tell"),
+    (
+        "setting",
+        "`context`, `slots`, `unified`, `cache_type`, `swa_full`, `flash_attention`, `batch`: of the "
+        "context; `shape`: of the model",
+    ),
     ("result", "`accepted`, `rejected`"),
     (
         "build, ftype, architecture",
-        "llama.cpp's build, the type of the weights; the architecture is left out so far",
+        "llama.cpp's build, the type of the weights, the model's architecture where its file can be read",
     ),
     ("version, python", "of the exporter"),
     ("le", "upper bound of a histogram's bucket"),

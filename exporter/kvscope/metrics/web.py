@@ -170,8 +170,13 @@ def _plain(value: Any) -> Any:
         return value.value
     else:
         return None if isinstance(value, float) and not isfinite(value) else value
-    plain = (("/".join(key) if isinstance(key, tuple) else str(key), _plain(part)) for key, part in named)
+    plain = ((_key(key), _plain(part)) for key, part in named)
     return {key: part for key, part in plain if part is not None}
+
+
+def _key(key: object) -> str:
+    parts = key if isinstance(key, tuple) else (key,)
+    return "/".join(str(part) for part in parts if part is not None)
 
 
 def landing_page(snapshot: Snapshot, missing: tuple[str, ...]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from kvscope.observed.logged_memory import LoggedMemory
 from kvscope.observed.model import ContextSettings, ModelSeen
 
 
@@ -147,8 +148,9 @@ class ServerLook:
     /metrics and /props show that no request ran, so the last slots still hold (a slot that was
     erased or restored meanwhile moves no counter).
     consistent: /slots was the same before and after /metrics was read, so the counters belong to
-    exactly these slots. model: the shape of the model, where its file or a setting tells it.
-    metrics_available: the server offers /metrics; counters_readable: and we may ask for it.
+    exactly these slots. model: the shape of the model, where its file or a setting tells it; logged: what
+    the server's log says was allocated for it. metrics_available: the server offers /metrics;
+    counters_readable: and we may ask for it.
     """
 
     at: float
@@ -162,6 +164,7 @@ class ServerLook:
     process: ServerProcess | None = None
     process_readable: bool = False
     model: ModelSeen | None = None
+    logged: LoggedMemory | None = None
     metrics_available: bool | None = None
     counters_readable: bool | None = None
     answers: tuple[SourceAnswer, ...] = ()

@@ -7,21 +7,26 @@ do not tell, or contradict the running server, there are no figures but one line
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
+from kvscope.observed.logged_memory import LoggedMemory
 from kvscope.observed.model import ContextSettings, ModelHeader, ModelSeen
 from kvscope.observed.server import ServerProps
-from kvscope.tracking.kv_memory import CacheKind, ContextParameters, KvMemory, ShapeError, kv_memory
+from kvscope.tracking.kv_memory import ContextParameters, KvMemory, ShapeError, kv_memory
 
 SLOTS_WHEN_UNSAID = 4
 DRAFT_TOKENS_WHEN_UNSAID = 3
+LARGEST_DISAGREEMENT = 0.01
+"""Rounding and padding of the log stay below it; what is above it is another model or other settings."""
 
 _ROLL_BACK = frozenset({"draft-mtp", "draft-eagle3", "draft-dflash", "draft-dspark"})
 _OWN_LAYERS_DRAFT = "draft-mtp"
 
-_SUPPLY = (
-    "give its arguments with --server-args NAME='...', or run kvscope where the server's process can be read"
+_LEFT_OUT = "its KV bytes are left out"
+_NAME_MODEL = "name the file with --model-file, its folder with --model-path-map or its shape with --kv-shape"
+_NAME_ARGUMENTS = (
+    "give its arguments with --server-args, or run kvscope where it can read the server's process"
 )
 _GROUPS: Mapping[str, tuple[str, ...]] = {
     "context": ("context_tokens",),
@@ -39,19 +44,40 @@ _GROUPS: Mapping[str, tuple[str, ...]] = {
 class ServerMemory:
     """The KV memory of one server, or why it is not known.
 
-    caches: bytes by kind of cache, the draft context's among them. sources: by setting, what it comes
-    from (setting, log, process, props, default). problem: one line when there are no figures.
+    caches: bytes by (device, kind of cache), those of a draft context with the model's own layers among
+    them; the device is None where only the formula tells, the kind where only the log does and not which.
+    sources: by setting, what it comes from (setting, log, process, props, default). limit_tokens: cells
+    of the pool or pools. disagreement: how far the formula is from the log, by the log's size. remarks:
+    one line for each thing that the figures do not contain, warnings: for each that contradicts another.
+    problem: one line when there are no figures.
     """
 
     main: KvMemory | None = None
-    caches: Mapping[CacheKind, int] = field(default_factory=dict)
+    caches: Mapping[tuple[str | None, str | None], int] = field(default_factory=dict)
+    bytes_per_token: float | None = None
+    limit_tokens: int | None = None
     sources: Mapping[str, str] = field(default_factory=dict)
+    disagreement: float | None = None
+    remarks: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     problem: str | None = None
+
+    @property
+    def known(self) -> bool:
+        """Whether anything is known of it."""
+        return bool(self.sources)
 
     @property
     def allocated_bytes(self) -> int:
         """Bytes of all caches together."""
         return sum(self.caches.values())
+
+    def sequence_bytes(self, tokens: int) -> int | None:
+        """Return the bytes that a sequence of tokens occupies; None where only the allocation is known."""
+        if self.main is not None:
+            return self.main.sequence_bytes(tokens)
+        # One plain cache in the log: every token takes one cell.
+        return None if self.bytes_per_token is None else round(self.bytes_per_token * tokens)
 
 
 class _NotTold(Exception):
@@ -134,37 +160,149 @@ def server_memory(
     given: ContextSettings | None,
     process: ContextSettings | None,
     props: ServerProps | None,
+    logged: LoggedMemory | None = None,
 ) -> ServerMemory:
     """Return the KV memory that follows from a model's shape and what is told of its context.
 
     given: the user's settings; process: what its command line and environment say, None where they
-    cannot be read.
+    cannot be read; logged: what the server's log says that was allocated.
     """
+    log = logged if logged is not None and logged.main is not None else None
+    if log is None and (model is None or (given is None and process is None)):
+        return ServerMemory(problem=_what_is_missing(model, given, process))
+    user, server = ("setting", given), ("process", process)
+    if log is None:
+        return _by_formula(model, props, user, server)
+    from_log = ("log", _settings_in(log))
+    expected = _by_formula(model, props, user, from_log, server)
+    difference = _difference(expected, log)
+    if difference is not None and difference <= LARGEST_DISAGREEMENT:
+        return replace(expected, caches=_on_devices(expected, log), disagreement=difference)
+    # The log wins: its settings first, and where even these do not explain it, its sizes alone.
+    by_log = _by_formula(model, props, from_log, user, server)
+    warnings: tuple[str, ...] = ()
+    if difference is not None:
+        warnings = (
+            f"its log says that {_bytes_in(log)} bytes of KV cache were allocated, by its model and settings "
+            f"it would be {expected.allocated_bytes}: the log's figures are used",
+        )
+    by_log_difference = _difference(by_log, log)
+    if by_log_difference is not None and by_log_difference <= LARGEST_DISAGREEMENT:
+        return replace(by_log, caches=_on_devices(by_log, log), disagreement=difference, warnings=warnings)
+    return replace(_by_log_alone(log), disagreement=difference, warnings=warnings)
+
+
+def _by_formula(
+    model: ModelSeen | None, props: ServerProps | None, *told: tuple[str, ContextSettings | None]
+) -> ServerMemory:
     if model is None:
         return ServerMemory()
-    if given is None and process is None:
-        return ServerMemory(problem=f"its KV bytes are left out: its arguments are not known; {_SUPPLY}")
-    settings, sources = joined(("setting", given), ("process", process))
-    shared = {**sources, "shape": "setting" if model.given else "props"}
+    settings, sources = joined(*told)
+    sources = {**sources, "shape": "setting" if model.given else "props"}
     try:
-        parameters = _parameters(settings, props, shared)
+        parameters = _parameters(settings, props, sources)
         main = kv_memory(model.header, parameters)
         _refuse_contradiction(main, parameters, props)
         draft = _draft(model.header, parameters, settings)
     except (_NotTold, ShapeError) as problem:
-        return ServerMemory(problem=f"its KV bytes are left out: {problem}")
-    caches = dict(main.allocated_by_kind())
-    if draft is not None:
-        for kind, size in draft.allocated_by_kind().items():
-            caches[kind] = caches.get(kind, 0) + size
-    return ServerMemory(main, caches, shared)
+        return ServerMemory(problem=f"{_LEFT_OUT}: {problem}")
+    caches: dict[tuple[str | None, str | None], int] = {}
+    for memory in (main, draft):
+        for kind, size in memory.allocated_by_kind().items() if memory else ():
+            caches[None, kind.value] = caches.get((None, kind.value), 0) + size
+    return ServerMemory(
+        main,
+        caches,
+        main.bytes_per_token,
+        main.context_tokens if main.caches else None,
+        sources,
+        remarks=_remarks(settings),
+    )
 
 
-def remarks(settings: ContextSettings) -> Iterator[str]:
-    """Yield one line for each thing that the figures do not contain, or that was left out of them."""
-    yield from settings.notes
-    if settings.draft_model is not None:
-        yield "the caches of its draft model are not in its KV bytes"
+def _settings_in(log: LoggedMemory) -> ContextSettings:
+    main = log.main
+    assert main is not None
+    types = next((cache.types for cache in main.caches if {"K", "V"} & set(cache.types)), {})
+    flash = main.flash_attention
+    return ContextSettings(
+        context_tokens=main.context_tokens,
+        slots=main.sequences,
+        unified=main.unified,
+        cache_type_k=types.get("K"),
+        cache_type_v=types.get("V"),
+        flash_attention=None if flash is None else "on" if flash else "off",
+        batch_tokens=main.batch_tokens,
+        micro_batch_tokens=main.micro_batch_tokens,
+    )
+
+
+def _bytes_in(log: LoggedMemory) -> int:
+    return sum(context.cache_bytes for context in (log.main, *log.drafts) if context is not None)
+
+
+def _difference(expected: ServerMemory, log: LoggedMemory) -> float | None:
+    """How far the formula is from the log, by the log's size; None where there is no formula."""
+    size = _bytes_in(log)
+    if not expected.known:
+        return None
+    if not size:
+        return None if expected.allocated_bytes else 0.0
+    return abs(size - expected.allocated_bytes) / size
+
+
+def _on_devices(expected: ServerMemory, log: LoggedMemory) -> Mapping[tuple[str | None, str | None], int]:
+    """The formula's exact sizes with the log's devices; the log's rounded ones where it names several."""
+    by_log = _caches_in(log)
+    caches: dict[tuple[str | None, str | None], int] = {}
+    for (_, kind), size in expected.caches.items():
+        there = {key: part for key, part in by_log.items() if key[1] == kind}
+        if len(there) > 1:
+            caches.update(there)
+        else:
+            caches[next(iter(there), (None, kind))] = size
+    return caches
+
+
+def _caches_in(log: LoggedMemory) -> Mapping[tuple[str | None, str | None], int]:
+    caches: dict[tuple[str | None, str | None], int] = {}
+    for context in (log.main, *log.drafts):
+        for cache in context.caches if context else ():
+            for device, size in cache.devices.items() or ((None, cache.total_bytes),):
+                caches[device, cache.kind] = caches.get((device, cache.kind), 0) + size
+    return caches
+
+
+def _by_log_alone(log: LoggedMemory) -> ServerMemory:
+    main = log.main
+    assert main is not None
+    per_token: float | None = None
+    if len(main.caches) == 1 and main.caches[0].kind == "full" and main.caches[0].streams:
+        cache = main.caches[0]
+        per_token = cache.total_bytes / (cache.cells * (cache.streams or 1)) if cache.cells else None
+    return ServerMemory(
+        caches=_caches_in(log),
+        bytes_per_token=per_token,
+        limit_tokens=main.context_tokens,
+        sources={**dict.fromkeys(_GROUPS, "log"), "shape": "log"},
+    )
+
+
+def _what_is_missing(
+    model: ModelSeen | None, given: ContextSettings | None = None, process: ContextSettings | None = None
+) -> str:
+    unread = {
+        "its model's file": (model is None, _NAME_MODEL),
+        "its arguments": (given is None and process is None, _NAME_ARGUMENTS),
+    }
+    what = " and ".join(name for name, (missing, _) in unread.items() if missing)
+    ways = "; ".join(way for missing, way in unread.values() if missing)
+    return f"{_LEFT_OUT}, {what} cannot be read here: {ways}"
+
+
+def _remarks(settings: ContextSettings) -> tuple[str, ...]:
+    draft = ("the caches of its draft model are not in its KV bytes",) * (settings.draft_model is not None)
+    return (*settings.notes, *draft)
 
 
 def _parameters(
@@ -191,14 +329,14 @@ def _refuse_contradiction(main: KvMemory, parameters: ContextParameters, props: 
         return
     if props.total_slots is not None and props.total_slots != parameters.sequences:
         raise _NotTold(
-            f"it has {props.total_slots} slots and not the {parameters.sequences} of the settings read; "
-            f"{_SUPPLY}"
+            f"it has {props.total_slots} slots, its arguments as they were read mean {parameters.sequences}: "
+            "correct --server-args"
         )
     limit = props.context_limit_tokens
     if limit is not None and main.memory_class != "none" and limit > main.sequence_context_tokens:
         raise _NotTold(
-            f"its slots hold {limit} tokens and not the {main.sequence_context_tokens} of the settings read; "
-            f"{_SUPPLY}"
+            f"a slot of it holds {limit} tokens, its arguments as they were read mean "
+            f"{main.sequence_context_tokens}: correct --server-args"
         )
 
 

@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
+from kvscope.observed.logged_memory import LoggedMemory
+from kvscope.observed.model import ContextSettings, ModelSeen
 from kvscope.observed.server import (
     Phase,
     ServerCounters,
@@ -19,6 +21,7 @@ from kvscope.observed.server import (
 from kvscope.snapshot import ModelCounts, SourceBox
 from kvscope.tracking import counts as counting
 from kvscope.tracking.claims import Claim, Claims, Tokens, claims_after, seen_at_work, without_past
+from kvscope.tracking.context import ServerMemory, joined, server_memory, unified
 from kvscope.tracking.ledger import Finished, Settlement, awaits_counters, settle, settle_without_counters
 from kvscope.tracking.restarts import (
     counting_from_zero,
@@ -48,6 +51,7 @@ COARSEST_STEP_RATIO = 0.05
 """A prefill that is told only to more than 5 % is not told."""
 
 _AWAY = frozenset({ServerState.UNREACHABLE, ServerState.UNAUTHORIZED, ServerState.NOT_LLAMA_SERVER})
+_TELL_STATE = frozenset(Source) - {Source.MODEL_FILE}
 _SEEN_WITHOUT_SLOTS = frozenset({ServerState.STALLED, ServerState.SLEEPING})
 
 
@@ -61,10 +65,13 @@ class History:
     of the counters so far, which are printed rounded. from_zero: the next counters are a new
     process's first. rejected_owed: drafted tokens that rounding hides or shows too early.
     read_every: seconds after which each source's newest reading was to be followed by the next, which
-    decide how long it stays valid. counts: by model; those of models that left stay.
+    decide how long it stays valid. counts: by model; those of models that left stay. given: what the
+    user says of the server's context; model_seen: the shape of its model; logged: what its log says of
+    it; memory: what follows from them.
     """
 
     name: str
+    given: ContextSettings | None = None
     created_at: float | None = None
     state: ServerState = ServerState.UNREACHABLE
     model: str | None = None
@@ -73,6 +80,9 @@ class History:
     process: ServerProcess | None = None
     last_process: tuple[int, float] | None = None
     metrics_available: bool | None = None
+    model_seen: ModelSeen | None = None
+    logged: LoggedMemory | None = None
+    memory: ServerMemory = field(default_factory=ServerMemory)
     slots_proved_separate: bool = False
     tracks: Mapping[int, SlotTrack] = field(default_factory=dict)
     slots_seen: float | None = None
@@ -101,9 +111,13 @@ class History:
     @property
     def kv_unified(self) -> bool | None:
         """Whether all slots share one pool; None while nothing tells."""
-        if self.process is not None and self.process.kv_unified is not None:
-            return self.process.kv_unified
+        if self.given is not None or self.process is not None:
+            return unified(joined(("setting", self.given), ("process", self._process_settings))[0])
         return False if self.slots_proved_separate else None
+
+    @property
+    def _process_settings(self) -> ContextSettings | None:
+        return None if self.process is None else self.process.settings
 
     @property
     def awaits_counters(self) -> bool:
@@ -163,7 +177,7 @@ def advance(history: History, look: ServerLook) -> History:
         history = replace(history, counters=None, counted=Tokens(), counters_seen=None)
     if _process_was_replaced(history, look) or _shows_restart(history, look, was_away):
         history, elapsed = _restart(history, look.at), None
-    history = _with_props(_with_process(history, look), look)
+    history = _with_memory(_with_props(_with_process(history, look), look), look, history)
     first = not history.tracks and history.counters is None
     if look.state is ServerState.SLEEPING:
         history = _asleep(_with_phase_seconds(history, elapsed), look)
@@ -200,7 +214,9 @@ def _with_frame(history: History, look: ServerLook) -> History:
         metrics_available=(
             history.metrics_available if look.metrics_available is None else look.metrics_available
         ),
-        problem=next((answer.problem for answer in look.answers if answer.problem), None),
+        problem=next(
+            (each.problem for each in look.answers if each.problem and each.source in _TELL_STATE), None
+        ),
     )
 
 
@@ -259,6 +275,17 @@ def _with_process(history: History, look: ServerLook) -> History:
     process = look.process if look.process_readable else None
     last = history.last_process if process is None else (process.pid, process.started_at)
     return replace(history, process=process, last_process=last)
+
+
+def _with_memory(history: History, look: ServerLook, before: History) -> History:
+    """Worked out only when something changed that it rests on."""
+    history = replace(history, model_seen=look.model, logged=look.logged)
+    process, last_process = history._process_settings, before._process_settings
+    told = (look.model, look.logged, process, history.props)
+    if told == (before.model_seen, before.logged, last_process, before.props):
+        return history
+    memory = server_memory(look.model, history.given, process, history.props, look.logged)
+    return replace(history, memory=memory)
 
 
 def _counts(history: History) -> ModelCounts:

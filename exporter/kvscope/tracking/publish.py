@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from kvscope.observed.server import Phase, ServerState, Source
-from kvscope.snapshot import ServerBox, SlotBox
+from kvscope.snapshot import ServerBox, SlotBox, TierBox
+from kvscope.tracking.context import ServerMemory
 from kvscope.tracking.history import History
 from kvscope.tracking.slots import SlotTrack, lru_places
 
@@ -33,8 +34,11 @@ def box(history: History, monotonic: float) -> ServerBox:
     if history.kv_unified is False and history.releases >= RELEASES_FOR_LRU:
         places = lru_places(history.tracks.values())
         ranks = {slot_id: first for slot_id, (first, last) in places.items() if first == last}
+    # What loads may be another model; anything else that is up was not replaced.
+    known = props_valid or (up and history.state is not ServerState.LOADING)
+    memory = history.memory if known and history.memory.known else None
     slots = tuple(
-        _slot_box(track, ranks.get(slot_id), slots_valid or (stalled and not track.seen.processing))
+        _slot_box(track, ranks.get(slot_id), slots_valid or (stalled and not track.seen.processing), memory)
         for slot_id, track in sorted(history.tracks.items())
     )
     deferred: int | None = None
@@ -45,8 +49,8 @@ def box(history: History, monotonic: float) -> ServerBox:
             history, history.counters_seen, Source.METRICS, monotonic
         ):
             deferred = history.counters.requests_deferred
-    # What loads may be another model; anything else that is up was not replaced.
-    known = props_valid or (up and history.state is not ServerState.LOADING)
+    header = history.model_seen.header if history.model_seen and known else None
+    asleep = history.state is ServerState.SLEEPING
     props = history.props if known else None
     return ServerBox(
         name=history.name,
@@ -73,7 +77,16 @@ def box(history: History, monotonic: float) -> ServerBox:
             else None
         ),
         requests_deferred=deferred,
+        architecture=header.architecture if header else None,
         kv_unified=history.kv_unified if known else None,
+        kv_allocated=(
+            {key: 0 if asleep else size for key, size in memory.caches.items()} if memory else None
+        ),
+        kv_bytes_per_token=memory.bytes_per_token if memory else None,
+        kv_sources=memory.sources if memory else None,
+        kv_disagreement=memory.disagreement if memory else None,
+        model_bytes=header.file_bytes if header else None,
+        tiers={"slot": _slot_tier(slots, memory, asleep)},
         slots=slots,
         counts=tuple(history.counts.values()),
         sources=history.sources,
@@ -108,7 +121,18 @@ def _valid(history: History, seen: float | None, source: Source, monotonic: floa
     return seen is not None and monotonic <= seen + _validity(history, source)
 
 
-def _slot_box(track: SlotTrack, rank: int | None, valid: bool) -> SlotBox:
+def _slot_tier(slots: tuple[SlotBox, ...], memory: ServerMemory | None, asleep: bool) -> TierBox:
+    tokens = [slot.context_tokens for slot in slots if slot.context_tokens is not None]
+    sizes = [slot.kv_bytes for slot in slots if slot.kv_bytes is not None]
+    return TierBox(
+        held_bytes=sum(sizes) if slots and len(sizes) == len(slots) else None,
+        limit_bytes=(0 if asleep else memory.allocated_bytes) if memory else None,
+        tokens=sum(tokens) if slots and len(tokens) == len(slots) else None,
+        limit_tokens=memory.limit_tokens if memory else None,
+    )
+
+
+def _slot_box(track: SlotTrack, rank: int | None, valid: bool, memory: ServerMemory | None) -> SlotBox:
     seen = track.seen
     if not valid:
         return SlotBox(seen.id, last_used_at=track.last_used_at)
@@ -128,4 +152,5 @@ def _slot_box(track: SlotTrack, rank: int | None, valid: bool) -> SlotBox:
         last_prompt_tokens=track.last_prompt_tokens,
         last_used_at=track.last_used_at,
         lru_rank=rank,
+        kv_bytes=memory.sequence_bytes(seen.held_tokens) if memory and seen.held_tokens is not None else None,
     )

@@ -14,6 +14,7 @@ from kvscope.snapshot import (
     SlotCounts,
     Snapshot,
     SourceBox,
+    TierBox,
 )
 
 FIRST_LOOK = 1_700_000_000.25
@@ -33,6 +34,7 @@ def full_slot(number: int) -> SlotBox:
         last_prompt_tokens={"computed": 482, "unknown": 1730},
         last_used_at=FIRST_LOOK + 59.5,
         lru_rank=number or None,
+        kv_bytes=(3000 + number) * 4096,
     )
 
 
@@ -79,6 +81,12 @@ def full_box(name: str = "main", model: str = "tiny", slots: int = 4) -> ServerB
         slots_busy=1,
         requests_deferred=0,
         kv_unified=False,
+        kv_allocated={("CUDA0", "full"): 16 * 2**20, (None, "recurrent"): 4096},
+        kv_bytes_per_token=4096,
+        kv_sources={"context": "process", "slots": "default"},
+        kv_disagreement=0.001,
+        model_bytes=5 * 2**20,
+        tiers={"slot": TierBox(held_bytes=4 * 2**20, limit_bytes=16 * 2**20, tokens=1024, limit_tokens=4096)},
         slots=tuple(full_slot(number) for number in range(slots)),
         counts=(full_counts(model, slots),),
         sources={

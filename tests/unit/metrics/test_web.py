@@ -208,6 +208,7 @@ async def test_the_snapshot_is_versioned_json_without_unknowns(client: TestClien
         "slots": [],
         "counts": [],
         "sources": {},
+        "tiers": {},
     }
 
 

@@ -249,6 +249,13 @@ def test_a_key_that_lies_across_two_windows_is_read(model: Path) -> None:
         assert read_header(write(model, llama(*keys))).metadata["llama.after"] == 2**40
 
 
+@pytest.mark.parametrize("length", [0, 1, 255, 256, 65_535, 65_536, 3 * WINDOW_BYTES])
+def test_texts_of_any_length_are_hopped_over(model: Path, length: int) -> None:
+    tokens = strings("tokenizer.ggml.tokens", ["a", "x" * length, "", "y" * length, "b"])
+    read = read_header(write(model, llama(tokens, number("llama.after", "u8", 7))))
+    assert read.metadata["llama.after"] == 7
+
+
 @pytest.mark.parametrize("kind", ["mmproj", "adapter"])
 def test_another_kind_of_file_is_read_by_its_own_architecture(model: Path, kind: str) -> None:
     write(model, header(string("general.type", kind), string("general.architecture", "clip")))
@@ -569,6 +576,9 @@ def test_what_can_be_no_path_is_an_error_of_the_system(name: str, function: Call
 # --- parts ------------------------------------------------------------------------------------------
 
 
+NEXTN = number("llama.nextn_predict_layers", "u32", 1)
+
+
 def three_parts(directory: Path, *keys: bytes, last: str = "output.weight") -> list[Path]:
     """A model in three parts, as llama-gguf-split writes them: the metadata is in the first alone."""
     return write_parts(
@@ -630,16 +640,14 @@ def test_a_further_part_under_another_name_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_first_part_under_another_name_is_read_without_a_size(tmp_path: Path) -> None:
-    renamed = three_parts(tmp_path)[0].rename(tmp_path / "other.gguf")
-    assert read_header(renamed).file_bytes is None
+    renamed = three_parts(tmp_path, NEXTN)[0].rename(tmp_path / "other.gguf")
+    read = read_header(renamed)
+    assert (read.file_bytes, read.nextn_tensors) == (None, None)
 
 
 def test_a_whole_model_that_is_named_like_a_part_is_whole(tmp_path: Path) -> None:
     path = write(tmp_path / "model-00001-of-00009.gguf", llama())
     assert read_header(path).file_bytes == len(llama())
-
-
-NEXTN = number("llama.nextn_predict_layers", "u32", 1)
 
 
 @pytest.mark.parametrize(

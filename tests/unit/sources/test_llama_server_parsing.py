@@ -254,7 +254,7 @@ def test_props_of_a_new_build_are_read() -> None:
         is_sleeping=False,
         endpoint_slots=True,
         endpoint_metrics=False,
-    ) == ServerProps("tiny", "b11549-abc", "Q4_K", 4, 4096, False, True, False)
+    ) == ServerProps("tiny", "b11549-abc", "Q4_K", 4, 4096, False, True, False, "/models/other.gguf")
 
 
 def test_props_of_an_old_build_leave_unknown_what_they_lack() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from kvscope.observed.model import ContextSettings
 from kvscope.observed.server import (
     Phase,
     ServerCounters,
@@ -85,7 +86,8 @@ class Watch:
     def __init__(self, *, unified: bool | None = None, model: str | None = "tiny") -> None:
         self.history = History("main")
         self.now = 1000.0
-        self.process = None if unified is None else ServerProcess(1, 1.0, None, unified)
+        settings = ContextSettings(slots=4, unified=unified)
+        self.process = None if unified is None else ServerProcess(1, 1.0, settings=settings)
         self.model = model
 
     def see(

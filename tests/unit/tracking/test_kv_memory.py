@@ -7,8 +7,6 @@ import os
 from pathlib import Path
 
 import pytest
-
-from kvscope.tracking.kv_memory import kv_memory
 from tests.unit.tracking.kv_cases import (
     KNOWN_MODELS,
     SHARED_CASES,
@@ -17,6 +15,8 @@ from tests.unit.tracking.kv_cases import (
     failure_report,
     read_cases,
 )
+
+from kvscope.tracking.kv_memory import kv_memory
 
 GIVEN_CASES = os.environ.get("KVSCOPE_KV_CASES")
 

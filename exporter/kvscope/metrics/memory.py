@@ -1,0 +1,111 @@
+"""Metrics of memory: what the KV cache was given, what it holds, what a token costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from kvscope.metrics.family import MODEL, SLOT, Family, Kind, Reading, Value, each_served_model, each_slot
+from kvscope.snapshot import Snapshot, TierBox
+
+TIER = (*MODEL, "tier")
+
+
+def _each_tier(value: Callable[[TierBox], float | None]) -> Callable[[Snapshot], Iterator[Reading]]:
+    def of_server(tiers: dict[str, TierBox]) -> Value:
+        values = {name: value(tier) for name, tier in tiers.items()}
+        return {name: known for name, known in values.items() if known is not None}
+
+    return each_served_model(lambda box: of_server(dict(box.tiers)))  # type: ignore[return-value]
+
+
+def _sources(snapshot: Snapshot) -> Iterator[Reading]:
+    for box in snapshot.servers:
+        for setting, source in (box.kv_sources or {}).items():
+            yield Reading((box.name, box.model, setting, source), 1)
+
+
+NEEDS = "model_file and process, or settings"
+
+FAMILIES = (
+    Family(
+        "kvscope_slot_kv_bytes",
+        Kind.GAUGE,
+        "Bytes of KV cache and recurrent state that the slot's tokens occupy: what its next turn can reuse.",
+        SLOT,
+        f"slots; {NEEDS}",
+        each_slot(lambda slot: slot.kv_bytes),
+    ),
+    Family(
+        "kvscope_kv_allocated_bytes",
+        Kind.GAUGE,
+        "Bytes that llama.cpp allocated for the cache when it loaded the model, by kind of cache; 0 while "
+        "the server sleeps.",
+        (*MODEL, "device", "cache"),
+        NEEDS,
+        each_served_model(lambda box: box.kv_allocated),
+    ),
+    Family(
+        "kvscope_kv_bytes_per_token",
+        Kind.GAUGE,
+        "Bytes that one more token adds to a sequence that is already longer than every window.",
+        MODEL,
+        NEEDS,
+        each_served_model(lambda box: box.kv_bytes_per_token),
+    ),
+    Family(
+        "kvscope_kv_source_info",
+        Kind.INFO,
+        "What the byte figures rest on, always 1: each setting of the context and where it was read.",
+        (*MODEL, "setting", "source"),
+        NEEDS,
+        _sources,
+    ),
+    Family(
+        "kvscope_kv_disagreement_ratio",
+        Kind.GAUGE,
+        "How far the cache that the formula expects is from the one in the server's log, by the log's size.",
+        MODEL,
+        "log; model_file",
+        each_served_model(lambda box: box.kv_disagreement),
+    ),
+    Family(
+        "kvscope_model_bytes",
+        Kind.GAUGE,
+        "Size of the model's weights: on disk, all parts, without a device.",
+        (*MODEL, "device"),
+        "model_file",
+        each_served_model(lambda box: None if box.model_bytes is None else {None: box.model_bytes}),
+    ),
+    Family(
+        "kvscope_tier_bytes",
+        Kind.GAUGE,
+        "Bytes that a tier of the cache holds.",
+        TIER,
+        f"slots; {NEEDS}",
+        _each_tier(lambda tier: tier.held_bytes),
+    ),
+    Family(
+        "kvscope_tier_limit_bytes",
+        Kind.GAUGE,
+        "Bytes that a tier of the cache can hold at most; of the slots, what was allocated.",
+        TIER,
+        NEEDS,
+        _each_tier(lambda tier: tier.limit_bytes),
+    ),
+    Family(
+        "kvscope_tier_tokens",
+        Kind.GAUGE,
+        "Tokens that a tier of the cache holds.",
+        TIER,
+        "slots",
+        _each_tier(lambda tier: tier.tokens),
+    ),
+    Family(
+        "kvscope_tier_limit_tokens",
+        Kind.GAUGE,
+        "Tokens that a tier of the cache can hold at most; of the slots, the cells of the pool or pools.",
+        TIER,
+        NEEDS,
+        _each_tier(lambda tier: tier.limit_tokens),
+    ),
+)

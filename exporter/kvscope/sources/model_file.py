@@ -1,0 +1,106 @@
+"""The shape of the model that a server runs: which file tells it, and reading it again when it changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import NamedTuple
+
+from kvscope.observed.model import ModelSeen
+from kvscope.settings import ServerSettings
+from kvscope.sources.gguf_header import HeaderError, header_identity, read_header
+from kvscope.sources.model_shape import ShapeFileError, read_shape
+
+
+class ModelFileError(Exception):
+    """The model's shape cannot be read; the message is one line without the file's path."""
+
+
+class Served(NamedTuple):
+    """Where a server found its model: the path it names, and the folder where a relative one begins.
+
+    here: it answers on this machine. process_seen: its process is in sight, so its paths are ours.
+    """
+
+    path: str | None
+    directory: str | None = None
+    here: bool = False
+    process_seen: bool = False
+
+
+class ModelFile:
+    """Reads the shape of one server's model; blocks as files do, so a thread of its own calls it."""
+
+    def __init__(self, server: ServerSettings, path_map: Sequence[tuple[str, str]] = ()) -> None:
+        self._server = server
+        self._path_map = sorted(path_map, key=lambda pair: len(pair[0]), reverse=True)
+        self._last: tuple[Path, object, ModelSeen] | None = None
+
+    @property
+    def named(self) -> bool:
+        """Whether a setting names the file, so that no word of the server is needed."""
+        return bool(self._server.model_file or self._server.kv_shape)
+
+    def read(self, served: Served) -> ModelSeen | None:
+        """Return the model's shape; None where no file is known that could tell it. Raises ModelFileError."""
+        path, certain = self._path(served)
+        if path is None:
+            return None
+        is_shape = bool(self._server.kv_shape)
+        try:
+            identity = header_identity(path)
+            if self._last is not None and self._last[:2] == (path, identity):
+                return self._last[2]
+            header = read_shape(path) if is_shape else read_header(path)
+        except (HeaderError, ShapeFileError) as error:
+            self._last = None
+            raise ModelFileError(f"the {self._what()} cannot be used: {error}") from None
+        except OSError as error:
+            self._last = None
+            if not certain:
+                return None
+            raise ModelFileError(
+                f"the {self._what()} cannot be read ({error.strerror}): {self._way_out()}"
+            ) from None
+        seen = ModelSeen(header, given=self.named)
+        self._last = (path, identity, seen)
+        return seen
+
+    def _path(self, served: Served) -> tuple[Path | None, bool]:
+        """The file, and whether it must be there: a container's own paths are not."""
+        named = self._server.kv_shape or self._server.model_file
+        if named:
+            return Path(named), True
+        if not served.path:
+            return None, False
+        for there, mapped in self._path_map:
+            inside = _inside(served.path, there)
+            if inside is not None:
+                return Path(mapped, inside), True
+        if not served.here:
+            return None, False
+        path = Path(served.path)
+        if path.is_absolute():
+            return path, served.process_seen
+        return (Path(served.directory, path) if served.directory else None), True
+
+    def _what(self) -> str:
+        if self._server.kv_shape:
+            return "shape file of --kv-shape"
+        return "model file of --model-file" if self._server.model_file else "model file that the server names"
+
+    def _way_out(self) -> str:
+        if self.named:
+            return "check its path and permissions"
+        name = self._server.name
+        return f"name one that can be with --model-file {name}=PATH, or its folder with --model-path-map"
+
+
+def _inside(served: str, folder: str) -> str | None:
+    """Return what of a path lies inside a folder, as a server on either kind of system writes it."""
+    windows = "\\" in served or "\\" in folder
+    kind = PureWindowsPath if windows else PurePosixPath
+    try:
+        return kind(served).relative_to(kind(folder)).as_posix()
+    except ValueError:
+        return None
