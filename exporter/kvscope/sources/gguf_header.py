@@ -406,7 +406,7 @@ class _Reader:
     def _move_window(self, count: int, what: str) -> None:
         """Let the window begin here and hold at least this many bytes."""
         self._check(count, what)
-        self._window_at, self._position, self._window = self.offset, 0, b""
+        self._window_at, self._position = self.offset, 0
         wanted = min(max(count, WINDOW_BYTES), self.size - self._window_at)
         self._allowance.spend("read_bytes", wanted)
         self._file.seek(self._window_at)
