@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 GIB = 1 << 30
 TOKENS = 131072
 FIRST_TOKENS = 4096
-POINTS = 512
+POINTS = 128
 
 MODELS = {
     "llama-3.1-8b": "Llama-3.1-8B: 32 layers, all plain",
@@ -76,9 +76,9 @@ def draw(look: Look, path: Path) -> None:
         "xtick.color": look.quiet,
         "ytick.color": look.quiet,
     }
-    figure, (first, whole) = plt.subplots(1, 2, figsize=(10, 4.2), width_ratios=(1, 1.25))
-    _panel(first, look, FIRST_TOKENS, 1 << 20, "the first 4 096 tokens, MiB")
-    _panel(whole, look, TOKENS, GIB, "up to 131 072 tokens, GiB")
+    figure, (first, whole) = plt.subplots(1, 2, figsize=(10, 4.5), width_ratios=(1, 1.25))
+    _panel(first, look, FIRST_TOKENS, 1 << 20, "MiB, first 4 096 tokens")
+    _panel(whole, look, TOKENS, GIB, "GiB, up to 131 072 tokens")
     first.axvline(1024, color=look.quiet, linewidth=1, linestyle=(0, (3, 3)))
     first.annotate(
         "window full: 1 024 tokens",
@@ -90,11 +90,20 @@ def draw(look: Look, path: Path) -> None:
         va="top",
         fontsize=9,
     )
+    figure.text(0.012, 0.955, "KV cache of one conversation at f16, over its tokens", fontweight="bold")
     handles, labels = whole.get_legend_handles_labels()
     figure.legend(
-        handles, labels, loc="upper left", bbox_to_anchor=(0.035, 1.0), ncols=3, frameon=False, fontsize=9.5
+        handles,
+        labels,
+        loc="upper left",
+        bbox_to_anchor=(0.003, 0.945),
+        ncols=3,
+        frameon=False,
+        fontsize=9,
+        handlelength=1.5,
+        columnspacing=1.8,
     )
-    figure.tight_layout(rect=(0, 0, 1, 0.93), w_pad=3)
+    figure.tight_layout(rect=(0, 0, 1, 0.89), w_pad=3)
     figure.savefig(path, transparent=True, metadata={"Date": None, "Creator": None})
     plt.close(figure)
 
@@ -114,9 +123,7 @@ def _panel(axes: Axes, look: Look, most: int, unit: int, title: str) -> None:
             va="center",
             fontweight="bold",
         )
-    axes.set_title(
-        f"KV cache of one conversation at f16, {title}", loc="left", fontsize=9.5, color=look.quiet
-    )
+    axes.set_title(title, loc="left", fontsize=9.5, color=look.quiet)
     axes.set_xlim(0, most)
     axes.set_ylim(0, None)
     axes.set_xticks([most * step // 4 for step in range(5)])
