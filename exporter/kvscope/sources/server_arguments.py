@@ -31,7 +31,6 @@ _LARGEST_INTEGER = 2**31 - 1
 _LONGEST_SHOWN = 24
 _MOST_NAMED = 5
 _FLAG_NAME = re.compile(r"--[A-Za-z][\w.-]{0,39}|-[A-Za-z]{1,6}", re.ASCII)
-_ALL_LEFT_UNSAID = "*"
 
 
 class ArgumentsError(ValueError):
@@ -100,10 +99,13 @@ def _word(meanings: Mapping[Any, Sequence[str]]) -> _Reader:
 
 
 def _draft_kinds(text: str) -> tuple[str, ...]:
-    for kind in text.split(","):
+    kinds = text.split(",")
+    for kind in kinds:
+        if kind == "none":  # undoes its list, but no other one
+            return ()
         if kind not in _DRAFT_KINDS:
             raise ValueError(f"{_shown(kind)} is none of {', '.join(_DRAFT_KINDS)}")
-    return tuple(kind for kind in text.split(",") if kind != "none")
+    return tuple(kinds)
 
 
 def _path(text: str) -> str | None:
@@ -137,13 +139,17 @@ class _Switch:
 
 @dataclass(frozen=True, slots=True)
 class _LeftOut:
-    """What is not followed. sets: the settings that it decides where it stands; "*": all left unsaid."""
+    """What is not followed. decides: the settings that are not known from there on.
+
+    decides_the_unsaid: besides, whatever neither a flag nor a variable says.
+    """
 
     flags: str
-    sets: str
-    values: int
     why: str
+    decides: str = ""
+    values: int = 0
     variables: str = ""
+    decides_the_unsaid: bool = False
 
 
 _VALUED = (
@@ -190,51 +196,47 @@ _OTHER_BUILD = "not every build reads it, so it is left out"
 _LEFT_OUT = (
     _LeftOut(
         "--gpt-oss-20b-default --gpt-oss-120b-default",
-        "model_path context_tokens slots batch_tokens micro_batch_tokens",
-        0,
         _PRESET,
+        "model_path context_tokens slots batch_tokens micro_batch_tokens",
     ),
-    _LeftOut("--embd-gemma-default", "model_path context_tokens slots micro_batch_tokens", 0, _PRESET),
+    _LeftOut("--embd-gemma-default", _PRESET, "model_path context_tokens slots micro_batch_tokens"),
     _LeftOut(
         "--fim-qwen-1.5b-default --fim-qwen-3b-default --fim-qwen-7b-default --fim-qwen-30b-default",
-        "model_path batch_tokens micro_batch_tokens",
-        0,
         _PRESET,
+        "model_path batch_tokens micro_batch_tokens",
     ),
     _LeftOut(
         "--fim-qwen-7b-spec --fim-qwen-14b-spec",
-        "model_path batch_tokens micro_batch_tokens draft_model",
-        0,
         _PRESET,
+        "model_path batch_tokens micro_batch_tokens draft_model",
     ),
-    _LeftOut("--vision-gemma-4b-default --vision-gemma-12b-default", "model_path", 0, _PRESET),
+    _LeftOut("--vision-gemma-4b-default --vision-gemma-12b-default", _PRESET, "model_path"),
     _LeftOut(
         "--embd-bge-small-en-default --embd-e5-small-en-default --embd-gte-small-default",
-        "model_path context_tokens",
-        0,
         _PRESET,
+        "model_path context_tokens",
     ),
     _LeftOut(
         "--models-preset",
-        _ALL_LEFT_UNSAID,
-        1,
         "a file of presets, its settings are left out",
-        "LLAMA_ARG_MODELS_PRESET",
+        values=1,
+        variables="LLAMA_ARG_MODELS_PRESET",
+        decides_the_unsaid=True,
     ),
     _LeftOut(
         "--spec-draft-hf -hfd -hfrd --hf-repo-draft",
-        "draft_model",
-        1,
         "which file the draft model is in is not known",
-        "LLAMA_ARG_SPEC_DRAFT_HF_REPO",
+        "draft_model",
+        values=1,
+        variables="LLAMA_ARG_SPEC_DRAFT_HF_REPO",
     ),
-    _LeftOut("--override-kv", "", 1, "keys of the model's header that it changes are left out"),
-    _LeftOut("-cd --ctx-size-draft", "draft_model", 1, "the draft's own context is left out"),
-    _LeftOut("", "draft_model", 0, _OTHER_BUILD, "LLAMA_ARG_MODEL_DRAFT"),
-    _LeftOut("", "draft_cache_type_k", 0, _OTHER_BUILD, "LLAMA_ARG_CACHE_TYPE_K_DRAFT"),
-    _LeftOut("", "draft_cache_type_v", 0, _OTHER_BUILD, "LLAMA_ARG_CACHE_TYPE_V_DRAFT"),
+    _LeftOut("--override-kv", "keys of the model's header that it changes are left out", values=1),
+    _LeftOut("-cd --ctx-size-draft", "the draft's own context is left out", "draft_model", values=1),
+    _LeftOut("", _OTHER_BUILD, "draft_model", variables="LLAMA_ARG_MODEL_DRAFT"),
+    _LeftOut("", _OTHER_BUILD, "draft_cache_type_k", variables="LLAMA_ARG_CACHE_TYPE_K_DRAFT"),
+    _LeftOut("", _OTHER_BUILD, "draft_cache_type_v", variables="LLAMA_ARG_CACHE_TYPE_V_DRAFT"),
 )
-"""What each preset sets was measured with b11549; a flag behind it says it anew."""
+"""What each preset decides was measured with b11549; a flag behind it says it anew."""
 
 _WITHOUT_VALUE = """
     -h --help --usage --version -cl --cache-list --completion-bash --perf --no-perf -e --escape
@@ -457,10 +459,8 @@ class _Reading:
 
     def _leave_out(self, row: _LeftOut, name: str) -> None:
         self._notes.append(f"{name}: {row.why}")
-        if row.sets == _ALL_LEFT_UNSAID:
-            self._left_unsaid = True
-            return
-        for field in row.sets.split():
+        self._left_unsaid |= row.decides_the_unsaid
+        for field in row.decides.split():
             self._said.pop(field, None)
             self._unreadable.add(field)
 

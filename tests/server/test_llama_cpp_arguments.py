@@ -276,6 +276,8 @@ CASES: list[tuple[str, dict[str, str]]] = [
     ("--spec-type draft-mtp,ngram-mod", {}),
     ("--spec-type draft-mtp --spec-type ngram-mod", {}),
     ("--spec-type none", {}),
+    ("--spec-type ngram-mod,none,bogus", {}),
+    ("--spec-type bogus,none", {}),
     ("--spec-type mtp", {}),
     ("--spec-type draft-mtp,", {}),
     ("--spec-type draft-mtp --spec-default", {}),
