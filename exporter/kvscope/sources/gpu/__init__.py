@@ -1,0 +1,1 @@
+"""GPUs: one module per backend, whose name is the value of --gpu."""
