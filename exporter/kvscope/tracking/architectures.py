@@ -52,14 +52,12 @@ SizeRule = Callable[[Keys, HeaderLayers], tuple[int, int]]
 class RecurrentRule:
     """Which layers keep a state, and how many elements of R and S; the others attend, unless attending says.
 
-    rollback: it keeps the states of so many tokens before (n_rs_seq). trunk_only: layers that predict
-    further tokens have no part in the main context.
+    trunk_only: layers that predict further tokens have no part in the main context.
     """
 
     layers: LayerRule
     sizes: SizeRule
     attending: LayerRule | None = None
-    rollback: bool = False
     trunk_only: bool = True
     history: bool = False
 
@@ -81,7 +79,10 @@ class Architecture:
     latent: keys alone are cached (MLA). image_positions: the model rotates by several positions (M-RoPE).
     cached: how many layers own keys and values, out of all. extra: KV heads of layers behind the last.
     repeats: how often the layers are gone through, each time with a cache of their own. causal: no token
-    looks at a later one, so that a batch is never larger than the context.
+    looks at a later one, so that a batch is never larger than the context. lengths_without_heads: lengths
+    of keys are read even where the first layer has no heads. nextn_by_tensors: layers that predict further
+    tokens count only where their weights are in the file. rollback: states of tokens before are kept too
+    (n_rs_seq).
     """
 
     memory: MemoryKind = kinds.attention
@@ -96,6 +97,7 @@ class Architecture:
     causal: bool = True
     lengths_without_heads: bool = False
     nextn_by_tensors: bool = False
+    rollback: bool = False
 
 
 # Windows
@@ -309,9 +311,8 @@ def recurrent(sizes: SizeRule) -> Architecture:
 
 
 GATED_DELTA = RecurrentRule(interval(4), mamba2)
-GATED_DELTA_ROLLBACK = RecurrentRule(interval(4), mamba2, rollback=True)
-NEMOTRON = RecurrentRule(nemotron_recurrent, mamba2, nemotron_attending, rollback=True)
-SHORT_CONVOLUTION = RecurrentRule(without_kv_heads, short_convolution, rollback=True, trunk_only=False)
+NEMOTRON = RecurrentRule(nemotron_recurrent, mamba2, nemotron_attending)
+SHORT_CONVOLUTION = RecurrentRule(without_kv_heads, short_convolution, trunk_only=False)
 
 ARCHITECTURES = MappingProxyType(
     {
@@ -325,9 +326,10 @@ ARCHITECTURES = MappingProxyType(
         "bailingmoe2": PLAIN,
         "bailingmoe3": Architecture(
             kinds.hybrid,
-            recurrent=RecurrentRule(without_kv_heads, kda, rollback=True, trunk_only=False),
+            recurrent=RecurrentRule(without_kv_heads, kda, trunk_only=False),
             latent=always,
             image_positions=with_sections,
+            rollback=True,
         ),
         "bert": NONE,
         "bitnet": PLAIN,
@@ -346,7 +348,9 @@ ARCHITECTURES = MappingProxyType(
         "deepseek2": LATENT_BY_KEYS,
         "deepseek2-ocr": PLAIN,
         "deepseek32": Architecture(kinds.dsa(trunk_layers), latent=with_mla_lengths),
-        "deepseek4": Architecture(kinds.dsv4, window=Window(needed_key, everywhere), nextn_by_tensors=True),
+        "deepseek4": Architecture(
+            kinds.dsv4, window=Window(needed_key, everywhere), nextn_by_tensors=True, rollback=True
+        ),
         "dflash": windowed(positive_key, listed),
         "dots1": PLAIN,
         "dots3note": Architecture(kinds.dsa(full_layers), window=Window(needed_key, listed), latent=always),
@@ -376,8 +380,9 @@ ARCHITECTURES = MappingProxyType(
         "glm4moe": IMAGES_BY_SECTIONS,
         "glm5-next": Architecture(
             kinds.hybrid_indexed(lambda _keys: 3),
-            recurrent=RecurrentRule(without_kv_heads, kda, rollback=True),
+            recurrent=RecurrentRule(without_kv_heads, kda),
             latent=always,
+            rollback=True,
         ),
         "gpt-oss": windowed(needed_key, every(2)),
         "gpt2": PLAIN,
@@ -407,17 +412,18 @@ ARCHITECTURES = MappingProxyType(
         "jina-bert-v3": NONE,
         "kimi-k3": Architecture(
             kinds.hybrid,
-            recurrent=RecurrentRule(without_kv_heads, kda, rollback=True, trunk_only=False),
+            recurrent=RecurrentRule(without_kv_heads, kda, trunk_only=False),
             latent=always,
+            rollback=True,
         ),
         "kimi-linear": Architecture(
             kinds.hybrid, recurrent=RecurrentRule(without_kv_heads, kda, trunk_only=False), latent=always
         ),
         "laguna": windowed(positive_key, every(4, dense_first=True)),
         "lfm2": Architecture(
-            kinds.hybrid, window=Window(positive_key, everywhere), recurrent=SHORT_CONVOLUTION
+            kinds.hybrid, window=Window(positive_key, everywhere), recurrent=SHORT_CONVOLUTION, rollback=True
         ),
-        "lfm2moe": Architecture(kinds.hybrid, recurrent=SHORT_CONVOLUTION),
+        "lfm2moe": Architecture(kinds.hybrid, recurrent=SHORT_CONVOLUTION, rollback=True),
         "llada": DIFFUSION,
         "llada-moe": DIFFUSION,
         "llama": PLAIN,
@@ -443,8 +449,8 @@ ARCHITECTURES = MappingProxyType(
         "muse-glimmer": windowed(needed_key, every(4)),
         "nanbeige": Architecture(repeats=lambda keys: keys.number("num_loops", 1, least=1)),
         "nemotron": PLAIN,
-        "nemotron_h": Architecture(kinds.hybrid, recurrent=NEMOTRON),
-        "nemotron_h_moe": Architecture(kinds.hybrid, recurrent=NEMOTRON),
+        "nemotron_h": Architecture(kinds.hybrid, recurrent=NEMOTRON, rollback=True),
+        "nemotron_h_moe": Architecture(kinds.hybrid, recurrent=NEMOTRON, rollback=True),
         "neo-bert": NONE,
         "nomic-bert": NONE,
         "nomic-bert-moe": NONE,
@@ -472,8 +478,8 @@ ARCHITECTURES = MappingProxyType(
         "qwen2moe": PLAIN,
         "qwen2vl": IMAGES,
         "qwen3": PLAIN,
-        "qwen35": Architecture(kinds.hybrid, recurrent=GATED_DELTA_ROLLBACK, image_positions=always),
-        "qwen35moe": Architecture(kinds.hybrid, recurrent=GATED_DELTA_ROLLBACK, image_positions=always),
+        "qwen35": Architecture(kinds.hybrid, recurrent=GATED_DELTA, image_positions=always, rollback=True),
+        "qwen35moe": Architecture(kinds.hybrid, recurrent=GATED_DELTA, image_positions=always, rollback=True),
         "qwen3moe": PLAIN,
         "qwen3next": Architecture(kinds.hybrid, recurrent=GATED_DELTA),
         "qwen3tts": IMAGES,
@@ -481,8 +487,9 @@ ARCHITECTURES = MappingProxyType(
         "qwen3vlmoe": IMAGES,
         "qwen4exp": Architecture(
             kinds.hybrid_indexed(lambda keys: 2 if keys.has("attention.compress_ratios") else 1),
-            recurrent=RecurrentRule(interval(4), mamba2, rollback=True, history=True),
+            recurrent=RecurrentRule(interval(4), mamba2, history=True),
             image_positions=always,
+            rollback=True,
         ),
         "refact": PLAIN,
         "rnd1": DIFFUSION,
@@ -597,5 +604,5 @@ def _recurrent_layers(
             * keys.number("hyper_connection.count")
             * header.embedding
         )
-    kept = Recurrent(layers, convolution, state, history, history_layers, rule.rollback)
+    kept = Recurrent(layers, convolution, state, history, history_layers)
     return kept, tuple(il for il in among if attends[il])

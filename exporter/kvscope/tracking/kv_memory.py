@@ -157,7 +157,7 @@ def _context(shape: ModelShape, row: Architecture, asked: ContextParameters) -> 
     if not asked.unified:
         sequence_tokens = padded(tokens // asked.sequences)
         tokens = sequence_tokens * asked.sequences
-    rollback = shape.recurrent is not None and shape.recurrent.rollback and not asked.draft
+    rollback = row.rollback and not asked.draft
     return Context(
         tokens=tokens,
         sequence_tokens=sequence_tokens,

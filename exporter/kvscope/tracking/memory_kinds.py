@@ -431,7 +431,7 @@ def dsv4(shape: ModelShape, context: Context) -> tuple[str, list[Cache]]:
         layers = by_ratio[ratio]
         latents = LATENT_RATIOS[ratio]
         one = len(layers) * 2 * ratio * latents * latents * width * BYTES_PER_STATE_ELEMENT
-        total = one * streams
+        total = one * streams * (1 + context.rollback_snapshots)
         allocation = CacheAllocation(
             name, CacheKind.RECURRENT, ratio * latents, streams, tuple(layers), state_bytes=total
         )

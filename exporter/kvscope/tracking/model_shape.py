@@ -100,7 +100,6 @@ class Recurrent:
     state: int
     history: int = 0
     history_layers: tuple[int, ...] = ()
-    rollback: bool = False
 
 
 @dataclass(frozen=True, slots=True)
