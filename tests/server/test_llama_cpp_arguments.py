@@ -24,6 +24,7 @@ from kvscope.observed.model import ContextSettings
 from kvscope.settings import ServerSettings
 from kvscope.sources.server_arguments import FLAGS, ArgumentsError, context_settings
 from kvscope.sources.server_process import find_server_process
+from kvscope.tracking.context import unified
 
 pytestmark = pytest.mark.real_server
 
@@ -446,7 +447,7 @@ def test_what_is_read_from_a_process_is_what_the_server_runs_with(
     assert settings.unreadable == ()
     assert process.working_directory == str(Path.cwd())
     assert str(settings.context_tokens) == logged(r"llama_context: n_ctx +=\s*(\d+)")
-    assert process.kv_unified is (logged(r"llama_context: kv_unified +=\s*(\w+)") == "true")
+    assert unified(settings) is (logged(r"llama_context: kv_unified +=\s*(\w+)") == "true")
     slots = 4 if settings.slots is None else settings.slots
     assert str(slots) == logged(r"llama_context: n_seq_max +=\s*(\d+)")
     assert (settings.cache_type_k or "f16") == logged(r"llama_kv_cache: size.*K \((\w+)\)")

@@ -115,14 +115,12 @@ class ServerProcess:
     """The local process that listens on the server's port.
 
     started_at: Unix seconds. sleep_idle_seconds: None where the server never sleeps.
-    kv_unified: None where the command line does not decide it. settings: what its command line and
-    environment say. working_directory: where relative paths in them begin.
+    settings: what its command line and environment say. working_directory: where relative paths in them begin.
     """
 
     pid: int
     started_at: float
     sleep_idle_seconds: float | None = None
-    kv_unified: bool | None = None
     settings: ContextSettings = field(default_factory=ContextSettings)
     working_directory: str | None = field(default=None, repr=False)
 

@@ -104,7 +104,6 @@ def _read(pid: int) -> ServerProcess:
         pid=pid,
         started_at=started_at,
         sleep_idle_seconds=sleep_idle_seconds(settings),
-        kv_unified=kv_unified(settings),
         settings=settings,
         working_directory=_working_directory(process),
     )
@@ -153,21 +152,6 @@ def sleep_idle_seconds(settings: ContextSettings) -> float | None:
     """
     seconds = settings.sleep_idle_seconds
     return seconds if seconds is not None and seconds > 0 else None
-
-
-def kv_unified(settings: ContextSettings) -> bool | None:
-    """Return whether all slots share one pool, as llama-server decides it; None: it cannot be told.
-
-    llama.cpp tools/server/server.cpp (b11549): without `-np`, or with one below 0, there are four slots
-    and the cache is unified, whatever `-no-kvu` says; with it, only when `-kvu` is given.
-    """
-    if settings.unified:
-        return True
-    if "slots" in settings.unreadable:
-        return None
-    if settings.slots is None or settings.slots < 0:
-        return True
-    return None if "unified" in settings.unreadable else False
 
 
 def _settings_files(pid: int, environment: Mapping[str, str]) -> Iterator[str]:

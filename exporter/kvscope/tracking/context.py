@@ -84,13 +84,19 @@ class _NotTold(Exception):
     """What stands in the way, in one line."""
 
 
-def unified(settings: ContextSettings) -> bool:
-    """Return whether all slots share one pool, as llama-server decides it.
+def unified(settings: ContextSettings) -> bool | None:
+    """Return whether all slots share one pool, as llama-server decides it; None: it cannot be told.
 
     llama.cpp tools/server/server.cpp (b11549): without `-np`, or with one below 0, there are four slots
     and the cache is unified, whatever `-no-kvu` says; with `-np`, only when `-kvu` is given.
     """
-    return settings.slots is None or settings.slots < 0 or bool(settings.unified)
+    if settings.unified:
+        return True
+    if "slots" in settings.unreadable:
+        return None
+    if settings.slots is None or settings.slots < 0:
+        return True
+    return None if "unified" in settings.unreadable else False
 
 
 def context_parameters(settings: ContextSettings, context_tokens: int, slots: int) -> ContextParameters:
@@ -104,9 +110,13 @@ def context_parameters(settings: ContextSettings, context_tokens: int, slots: in
     return ContextParameters(
         context_tokens=context_tokens,
         sequences=slots,
-        unified=unified(settings),
-        batch_tokens=settings.batch_tokens or defaults.batch_tokens,
-        micro_batch_tokens=settings.micro_batch_tokens or defaults.micro_batch_tokens,
+        unified=bool(unified(settings)),
+        batch_tokens=defaults.batch_tokens if settings.batch_tokens is None else settings.batch_tokens,
+        micro_batch_tokens=(
+            defaults.micro_batch_tokens
+            if settings.micro_batch_tokens is None
+            else settings.micro_batch_tokens
+        ),
         cache_type_k=settings.cache_type_k or defaults.cache_type_k,
         cache_type_v=settings.cache_type_v or defaults.cache_type_v,
         swa_full=bool(settings.swa_full),
@@ -140,14 +150,17 @@ def joined(*told: tuple[str, ContextSettings | None]) -> tuple[ContextSettings, 
     """
     values: dict[str, object] = {}
     sources: dict[str, str] = {}
+    unreadable: set[str] = set()
     for name, settings in told:
         if settings is None:
             continue
+        unreadable |= {each for each in settings.unreadable if each not in values}
         for each in ContextSettings.__dataclass_fields__:
             value = getattr(settings, each)
-            if value not in (None, ()) and each not in values:
+            if value not in (None, ()) and each not in values and each not in unreadable:
                 values[each] = value
                 sources[each] = name
+    values["unreadable"] = tuple(sorted(unreadable))
     grouped = {
         group: next((sources[each] for each in fields if each in sources), "default")
         for group, fields in _GROUPS.items()
@@ -308,19 +321,33 @@ def _remarks(settings: ContextSettings) -> tuple[str, ...]:
 def _parameters(
     settings: ContextSettings, props: ServerProps | None, sources: dict[str, str]
 ) -> ContextParameters:
+    _refuse_unreadable(settings)
     shared = unified(settings)
     slots = SLOTS_WHEN_UNSAID if settings.slots is None or settings.slots < 0 else settings.slots
     if settings.slots is None and props is not None and props.total_slots == 1:
         # Builds that run one slot when none is asked for: with one, shared and separate are the same.
         slots, sources["slots"] = 1, "props"
     context = settings.context_tokens or 0
-    if context <= 0:
+    if context <= 0 and settings.unified_slot_tokens and "context_tokens" not in settings.unreadable:
+        context = slots * settings.unified_slot_tokens
+        sources["context"] = sources["unified"]
+    elif context <= 0:
         # Unsaid, it is the model's own, perhaps reduced by -fit: only the server knows what came of it.
         if props is None or not props.context_limit_tokens:
             raise _NotTold("its context size is not given (-c), and /props does not tell it")
         context = props.context_limit_tokens * (1 if shared else slots)
         sources["context"] = "props"
     return context_parameters(settings, context, slots)
+
+
+def _refuse_unreadable(settings: ContextSettings) -> None:
+    """Raise where something is said of a setting that cannot be told: no default may stand in for it."""
+    needed = [each for fields in _GROUPS.values() for each in fields] + ["draft_kinds", "unified_slot_tokens"]
+    if settings.draft_kinds:
+        needed.append("draft_tokens_max")
+    left_open = [each.replace("_", " ") for each in needed if each in settings.unreadable]
+    if left_open:
+        raise _NotTold(f"its arguments leave open the {', the '.join(left_open)}: say it with --server-args")
 
 
 def _refuse_contradiction(main: KvMemory, parameters: ContextParameters, props: ServerProps | None) -> None:

@@ -24,7 +24,6 @@ from kvscope.sources.server_process import (
     find_server_process,
     is_alive,
     is_llama_server,
-    kv_unified,
     sleep_idle_seconds,
 )
 
@@ -76,7 +75,6 @@ def test_the_process_that_listens_is_found_with_its_start_and_flags(start: Start
         pid,
         psutil.Process(pid).create_time(),
         sleep_idle_seconds=7.0,
-        kv_unified=False,
         settings=ContextSettings(slots=2, sleep_idle_seconds=7.0),
         working_directory=str(Path.cwd()),
     )
@@ -86,7 +84,7 @@ def test_the_process_that_listens_is_found_with_its_start_and_flags(start: Start
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])
 def test_its_environment_counts_like_its_flags(start: Start, host: str) -> None:
     _, port = start("llama-server", LLAMA_ARG_N_PARALLEL="2", LLAMA_ARG_KV_UNIFIED="on")
-    assert find_server_process(at(port, host)).kv_unified is True
+    assert find_server_process(at(port, host)).settings == ContextSettings(slots=2, unified=True)
 
 
 def test_a_file_of_settings_that_it_also_reads_is_named_and_leaves_nothing_to_defaults(
@@ -262,26 +260,6 @@ def test_its_arguments_begin_behind_the_program(command_line: list[str], expecte
 )
 def test_it_sleeps_only_after_more_than_no_seconds(settings: ContextSettings, expected: float | None) -> None:
     assert sleep_idle_seconds(settings) == expected
-
-
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        (ContextSettings(), True),
-        (ContextSettings(slots=-1), True),
-        (ContextSettings(unified=False), True),
-        (ContextSettings(slots=4), False),
-        (ContextSettings(slots=4, unified=True), True),
-        (ContextSettings(slots=4, unified=False), False),
-        (ContextSettings(unreadable=("slots",)), None),
-        (ContextSettings(unified=True, unreadable=("slots",)), True),
-        (ContextSettings(slots=4, unreadable=("unified",)), None),
-    ],
-)
-def test_whether_slots_share_a_pool_is_decided_as_llama_server_does(
-    settings: ContextSettings, expected: bool | None
-) -> None:
-    assert kv_unified(settings) is expected
 
 
 @pytest.mark.parametrize("name", ["llama-server-proxy", "/opt/llama-server-tunnel", "llama-server-exporter"])

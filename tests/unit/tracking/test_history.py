@@ -580,7 +580,7 @@ class TestTheProcess:
         watch.see(never_used(0), idle(1, 9, 315), counters=counted(300, 0, 16))
         watch.process = None
         watch.see(never_used(0), idle(1, 1, 65), counters=counted(50, 0, 16, identity="second"))
-        watch.process = ServerProcess(2, 2.0, None, False)
+        watch.process = ServerProcess(2, 2.0)
         watch.see(never_used(0), idle(1, 1, 65))
         assert watch.history.restarts == 1
         assert watch.evictions == {"restart": (1, 315)}

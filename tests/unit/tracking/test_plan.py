@@ -213,6 +213,17 @@ def test_a_quantized_v_without_flash_attention_is_refused_and_named() -> None:
     assert fit(answer, "q4_0", 1).slot_context_tokens is None
 
 
+@pytest.mark.parametrize("flag", ["cache_type_k", "cache_type_v"])
+def test_a_quantized_type_whose_blocks_do_not_divide_a_head_is_refused(flag: str) -> None:
+    """As by b11549: `K cache type q8_0 with block size 32 does not divide n_embd_head_k=48`."""
+    heads_of_48 = replace(PLAIN, metadata={**PLAIN.metadata, "llama.embedding_length": 96})
+    with pytest.raises(RefusedError, match=r"q8_0 is refused.*blocks of 32.*heads of 48"):
+        asked(heads_of_48, ContextSettings(slots=1, **{flag: "q8_0"}), 1024)  # type: ignore[arg-type]
+    found = fit(asked(heads_of_48, ONE_SLOT, 1024, vram_bytes=GIB), "q4_0", 1)
+    assert found.ended_by == "refused"
+    assert "heads of 48" in str(found.problem)
+
+
 def test_more_slots_than_llama_server_takes_are_refused() -> None:
     with pytest.raises(RefusedError, match=r"-np 257"):
         asked(PLAIN, ContextSettings(slots=257), 1024)
