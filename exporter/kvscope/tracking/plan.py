@@ -17,6 +17,7 @@ from kvscope.planned import (
     PlannedModel,
     PlannedSettings,
 )
+from kvscope.tracking.architectures import architecture, model_shape
 from kvscope.tracking.context import SLOTS_WHEN_UNSAID, context_parameters, draft_parameters, unified
 from kvscope.tracking.kv_memory import MOST_SEQUENCES, ContextParameters, KvMemory, ShapeError, kv_memory
 from kvscope.tracking.memory_kinds import ROW_TYPES
@@ -93,7 +94,7 @@ def plan(question: Question) -> Plan:
     llama-server does not start.
     """
     header, settings = question.header, question.settings
-    shared = unified(settings)
+    shared = bool(unified(settings))
     slots = _slots(settings)
     own_context = _context_length(header)
     weights = header.file_bytes if question.weights_bytes is None else question.weights_bytes
@@ -102,7 +103,7 @@ def plan(question: Question) -> Plan:
         for tokens in question.context_tokens or _usual_contexts(own_context)
     ]
     parameters = context_parameters(settings, asked[0], slots)
-    _refuse_impossible(parameters)
+    _refuse_impossible(header, parameters)
     free = None if question.vram_bytes is None else question.vram_bytes - question.reserve_bytes
     contexts = tuple(
         _planned(
@@ -199,7 +200,7 @@ def _fit(
     most_bytes: int,
     context_length: int,
 ) -> ContextFit:
-    _refuse_impossible(parameters)
+    _refuse_impossible(header, parameters)
     tokens = largest_context(header, parameters, settings, most_bytes, context_length)
     sized = _sized(parameters, tokens)
     return ContextFit(
@@ -298,13 +299,27 @@ def _usual_contexts(own: int | None) -> Sequence[int]:
     return (*(tokens for tokens in USUAL_CONTEXTS if own is None or tokens < own), *([0] if own else []))
 
 
-def _refuse_impossible(parameters: ContextParameters) -> None:
-    """Raise RefusedError for what llama_init_from_model refuses whatever the model is."""
-    if ROW_TYPES[parameters.cache_type_v][0] > 1 and not parameters.flash_attention:
+def _refuse_impossible(header: ModelHeader, parameters: ContextParameters) -> None:
+    """Raise RefusedError for what llama_init_from_model refuses (src/llama-context.cpp, b11549)."""
+    type_k, type_v = parameters.cache_type_k, parameters.cache_type_v
+    if ROW_TYPES[type_v][0] > 1 and not parameters.flash_attention:
         raise RefusedError(
-            f"-ctv {parameters.cache_type_v} with -fa off is refused by llama.cpp: a quantized V cache needs "
-            "flash attention, leave out -fa or keep V at f16"
+            f"-ctv {type_v} with -fa off is refused by llama.cpp: a quantized V cache needs flash attention, "
+            "leave out -fa or keep V at f16"
         )
+    shape = model_shape(header, architecture(header.architecture))
+    for name, cache_type, plain, window in (
+        ("-ctk", type_k, shape.key_length, shape.key_length_window),
+        ("-ctv", type_v, shape.value_length, shape.value_length_window),
+    ):
+        block = ROW_TYPES[cache_type][0]
+        heads = {window if in_window else plain for in_window in shape.window_layers[: shape.trunk_layers]}
+        for length in sorted(heads):
+            if length % block:
+                raise RefusedError(
+                    f"{name} {cache_type} is refused by llama.cpp: its blocks of {block} do not divide this "
+                    f"model's heads of {length}, keep them at f16"
+                )
 
 
 def _notes(
