@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.gguf_files import header, number, split_keys, string, tensor, write, write_parts
 
 from kvscope import cli
 from kvscope.commands.plan import size_in_bytes
@@ -48,21 +48,14 @@ def answer(run: Run) -> Callable[..., dict[str, Any]]:
     return answer
 
 
-def text(value: str) -> bytes:
-    return struct.pack("<Q", len(value)) + value.encode()
+def model_of(architecture: str, **values: int) -> bytes:
+    """Return a GGUF header with one tensor, of whose weights nothing follows."""
+    keys = (number(f"{architecture}.{key}".replace("__", "."), "u32", each) for key, each in values.items())
+    return header(string("general.architecture", architecture), *keys, tensors=[tensor("output.weight")])
 
 
-def header_of(architecture: str = "llama", **values: int) -> bytes:
-    """Return a GGUF header with one tensor of whose weights nothing follows."""
-    keys = {f"{architecture}.{key}".replace("__", "."): value for key, value in values.items()}
-    body = b"GGUF" + struct.pack("<IQQ", 3, 0, len(keys) + 1)
-    body += text("general.architecture") + struct.pack("<I", 8) + text(architecture)
-    for key, value in keys.items():
-        body += text(key) + struct.pack("<II", 4, value)
-    return body
-
-
-TINY = header_of(
+TINY = model_of(
+    "llama",
     context_length=8192,
     block_count=4,
     embedding_length=128,
@@ -118,6 +111,29 @@ def test_a_header_alone_answers(answer: Callable[..., dict[str, Any]], tmp_path:
     assert plan["model"]["name"] == "tiny.gguf"
     assert plan["contexts"][0]["kv_bytes"] == 4096 * TINY_TOKEN
     assert plan["contexts"][0]["slot_kv_bytes"] == 2048 * TINY_TOKEN
+    assert "weights_bytes" not in plan["model"]
+    assert any(note.startswith("KV only") for note in plan["notes"])
+
+
+@pytest.mark.parametrize("given_part", [1, 2])
+def test_a_split_model_answers_with_the_weights_of_all_its_parts(
+    answer: Callable[..., dict[str, Any]], tmp_path: Path, given_part: int
+) -> None:
+    own = (
+        number("llama.context_length", "u32", 8192),
+        number("llama.block_count", "u32", 4),
+        number("llama.embedding_length", "u32", 128),
+        number("llama.attention.head_count", "u32", 4),
+    )
+    contents = [
+        header(string("general.architecture", "llama"), *own, *split_keys(0, 2), tensors=[tensor("a")]),
+        header(*split_keys(1, 2), tensors=[tensor("b"), tensor("c", offset=128)]),
+    ]
+    paths = write_parts(tmp_path, "model", [content + bytes(1000) for content in contents])
+    model = answer(paths[given_part - 1].name)["model"]
+    assert model["weights_bytes"] == sum(path.stat().st_size for path in paths)
+    write(paths[1], contents[1] + bytes(64))
+    assert "weights_bytes" not in answer(paths[given_part - 1].name)["model"]
 
 
 def test_a_shape_answers_as_its_model_does(
@@ -234,10 +250,10 @@ def test_a_wrong_setting_is_one_line_and_exit_code_2(run: Run, arguments: str, n
 
 
 def test_what_cannot_be_answered_is_one_line_and_exit_code_1(run: Run, tmp_path: Path) -> None:
-    (tmp_path / "unknown.gguf").write_bytes(header_of("nonsense", context_length=4096))
+    (tmp_path / "unknown.gguf").write_bytes(model_of("nonsense", context_length=4096))
     (tmp_path / "no.gguf").write_bytes(b"no model")
     (tmp_path / "no.json").write_text("{}")
-    (tmp_path / "cut.gguf").write_bytes(TINY[:-3])
+    (tmp_path / "cut.gguf").write_bytes(TINY[:100])
     for file, named in {
         "unknown.gguf": "nonsense",
         "no.gguf": "GGUF",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from kvscope.commands.settings_file import path_of, shown_path
 from kvscope.observed.model import ModelHeader
 from kvscope.planned import PLAN_VERSION, Plan
 from kvscope.settings import SettingsError
-from kvscope.sources.gguf_header import HeaderError, open_regular, read_header
+from kvscope.sources.gguf_header import HeaderError, has_weights, open_regular, read_header
 from kvscope.sources.known_models import known_models
 from kvscope.sources.model_shape import ShapeFileError, read_shape, shape_document
 from kvscope.sources.server_arguments import ArgumentsError, context_settings
@@ -187,7 +187,11 @@ def _read(path: Path) -> tuple[ModelHeader, str]:
     try:
         with open_regular(path) as opened:
             is_shape = opened.read(1) == b"{"
-        return (read_shape(path), "shape") if is_shape else (read_header(path), "file")
+        if is_shape:
+            return read_shape(path), "shape"
+        header = read_header(path)
+        # A header that was cut off for a question like this: its size is not that of the weights.
+        return (header if has_weights(path) else replace(header, file_bytes=None)), "file"
     except (HeaderError, ShapeFileError) as error:
         raise click.ClickException(str(error)) from None
     except OSError as error:

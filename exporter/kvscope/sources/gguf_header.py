@@ -49,6 +49,8 @@ _ARRAY = 9
 _KEY_COST = 64
 _MOST_KEYS = MOST_KEPT_BYTES // _KEY_COST
 _MOST_DIMENSIONS = 4
+_ALIGNMENT = 32
+"""Of the weights, where general.alignment does not say another (GGUF_DEFAULT_ALIGNMENT)."""
 _PART_NAME = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf", re.DOTALL)
 
 FileIdentity = tuple[int, int, int, int]
@@ -84,6 +86,21 @@ def read_header(path: Path) -> ModelHeader:
         file_bytes=_total_bytes(path, part, parts),
         nextn_tensors=_nextn_tensors(architecture, path, part, parts, allowance),
     )
+
+
+def has_weights(path: Path) -> bool:
+    """Return whether a model's weights follow its header, in every part of a split one.
+
+    False for a file that ends before its last tensor begins: its size is not that of the weights.
+    Raises HeaderError and OSError as read_header does.
+    """
+    allowance = _Allowance()
+    part = _read_part(path, allowance)
+    for each in _parts_of(path, part, _parts(path)):
+        described = part if each == path else _read_part(each, allowance)
+        if not _goes_on_to_its_last_tensor(each, described, allowance):
+            return False
+    return True
 
 
 def header_identity(path: Path) -> tuple[FileIdentity | None, ...]:
@@ -318,21 +335,37 @@ def _array(
 
 
 def _has_tensor(path: Path, part: _Part, name: bytes, allowance: _Allowance) -> bool:
-    allowance.spend("tensors", part.tensors)
     with _reading(path, allowance) as reader:
-        reader.skip(part.tensors_at, "the keys")
-        for number in range(part.tensors):
-            what = f"tensor {number + 1} of {part.tensors}"
-            length = reader.length(what)
-            if length > LONGEST_KEY:
-                raise HeaderError(f"has a name of {length} bytes for {what}, before byte {reader.offset}")
-            if reader.take(length, what) == name:
-                return True
-            dimensions = reader.number(_COUNT, what)
-            if dimensions > _MOST_DIMENSIONS:
-                raise HeaderError(f"has {dimensions} dimensions for {what}, before byte {reader.offset}")
-            reader.skip(dimensions * 8 + 4 + 8, what)  # sizes, type, offset
-    return False
+        return any(each == name for each, _ in _tensors(reader, part, allowance))
+
+
+def _goes_on_to_its_last_tensor(path: Path, part: _Part, allowance: _Allowance) -> bool:
+    alignment = part.metadata.get("general.alignment", _ALIGNMENT)
+    if type(alignment) is not int or alignment < 1 or part.tensors == 0:
+        return part.tensors == 0
+    with _reading(path, allowance) as reader:
+        try:
+            last = max(offset for _, offset in _tensors(reader, part, allowance))
+        except HeaderError:
+            return False  # it ends among what describes the tensors
+        return -(-reader.offset // alignment) * alignment + last < reader.size
+
+
+def _tensors(reader: _Reader, part: _Part, allowance: _Allowance) -> Iterator[tuple[bytes, int]]:
+    """Yield the name of each tensor, and where its weights begin behind the header."""
+    allowance.spend("tensors", part.tensors)
+    reader.skip(part.tensors_at, "the keys")
+    for number in range(part.tensors):
+        what = f"tensor {number + 1} of {part.tensors}"
+        length = reader.length(what)
+        if length > LONGEST_KEY:
+            raise HeaderError(f"has a name of {length} bytes for {what}, before byte {reader.offset}")
+        name = reader.take(length, what)
+        dimensions = reader.number(_COUNT, what)
+        if dimensions > _MOST_DIMENSIONS:
+            raise HeaderError(f"has {dimensions} dimensions for {what}, before byte {reader.offset}")
+        reader.skip(dimensions * 8 + 4, what)  # sizes, type
+        yield name, reader.number(_LENGTH, what)
 
 
 def _shown(name: bytes) -> str:
