@@ -24,6 +24,7 @@ Examples:
   KVSCOPE_API_KEY_MAIN=... kvscope serve --server main=https://llama.example.org/prefix
   kvscope serve --config kvscope.toml --check-config
   kvscope serve --once | grep context_tokens
+  kvscope serve --server-args main='-c 65536 -np 4 -ctk q8_0' --model-path-map /srv/models=/models
 
 \b
 A settings file:
@@ -32,6 +33,7 @@ A settings file:
   url = "http://127.0.0.1:8080"
   api_key_file = "main.key"
   headers = { X-Team = "blue" }
+  server_args = "-c 65536 -np 4 -ctk q8_0"
 
 A flag goes before its variable, a variable before the file. Servers named by flag or variable take the place
 of all servers in the file. Settings are read once: to change them, restart (there is no reload by SIGHUP).
@@ -71,6 +73,9 @@ def summary(chosen: Chosen) -> str:
         f"{settings.idle_interval_seconds:g} s while idle",
         f"server metrics: {'on' if settings.server_metrics else 'off'}",
     ]
+    lines += [
+        f"model folder: {there} is {shown_path(Path(here))} here" for there, here in settings.model_path_map
+    ]
     return "\n".join([*lines, *(_server_line(server) for server in settings.servers)])
 
 
@@ -86,6 +91,12 @@ def _server_line(server: ServerSettings) -> str:
         facts.append("headers: " + ", ".join(server.headers))
     if server.ca_file:
         facts.append(f"CA file: {shown_path(Path(server.ca_file))}")
+    if server.arguments is not None:
+        facts.append("arguments: given")
+    if server.model_file:
+        facts.append(f"model file: {shown_path(Path(server.model_file))}")
+    if server.kv_shape:
+        facts.append(f"shape file: {shown_path(Path(server.kv_shape))}")
     return f"server {server.name}: {address} ({'; '.join(facts)}; sleep idle: {sleep_idle})"
 
 
