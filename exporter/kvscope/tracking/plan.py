@@ -235,7 +235,8 @@ def _planned(
     caches = tuple(_caches(memory))
     by_kind = Counter[str]()
     for cache in caches:
-        by_kind[cache.kind] += cache.total_bytes
+        if cache.layers:
+            by_kind[cache.kind] += cache.total_bytes
     total = by_kind.total()
     slots = parameters.sequences
     separate = not parameters.unified or slots == 1

@@ -6,6 +6,7 @@ worked out by hand from a model's shape.
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -29,6 +30,8 @@ CASES = [
     for model in json.loads(DATA.read_text(encoding="utf-8"))["models"]
     for case in model["cases"]
 ]
+with gzip.open(DATA.with_name("kv-memory-cases.jsonl.gz"), "rt", encoding="utf-8") as lines:
+    DRAFT_CASES = [case for case in map(json.loads, lines) if case["settings"].get("mtp")]
 ONE_SLOT = ContextSettings(slots=1)
 
 # Gemma-4-26B-A4B at f16: five layers of 2 heads x 512 see all, 25 of 8 heads x 256 a window of 1 024.
@@ -240,9 +243,31 @@ def test_a_model_without_a_length_of_its_own_needs_one_asked_for() -> None:
         asked(without)
 
 
-def test_a_draft_context_is_counted_only_if_asked_for() -> None:
-    left_out = {each.what for each in asked(PLAIN, ONE_SLOT, 1024).left_out}
-    assert "draft_context" in left_out
+def test_a_draft_context_is_named_as_left_out_unless_it_is_counted() -> None:
+    assert "draft_context" in {each.what for each in asked(PLAIN, ONE_SLOT, 1024).left_out}
+
+
+@pytest.mark.parametrize("case", DRAFT_CASES, ids=lambda case: str(case["arch"]))
+def test_a_draft_context_that_is_asked_for_takes_what_llama_cpp_allocated(case: Mapping[str, Any]) -> None:
+    settings = case["settings"]
+    metadata = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in case["gguf_metadata"].items()
+    }
+    given_settings = ContextSettings(
+        slots=settings["n_seq_max"],
+        unified=settings.get("unified"),
+        micro_batch_tokens=settings["n_ubatch"],
+        draft_kinds=("draft-mtp",),
+        draft_cache_type_k=settings.get("type_k"),
+        draft_cache_type_v=settings.get("type_v"),
+    )
+    header = ModelHeader(case["arch"], metadata, nextn_tensors=True)
+    answer = asked(header, given_settings, settings["n_ctx"])
+    context = only(answer)
+    assert context.bytes_by_kind["draft"] == case["allocated_bytes"]["total"]
+    assert context.kv_bytes == sum(context.bytes_by_kind.values())
+    assert "draft_context" not in {each.what for each in answer.left_out}
 
 
 @given(
