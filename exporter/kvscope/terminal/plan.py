@@ -21,6 +21,15 @@ _ORIGINS = {"file": "header of the file", "shape": "shape file", "list": "built-
 _Column = tuple[str, Callable[[PlannedContext], int | None], Callable[[PlannedContext], int | None]]
 """A heading, what it says of all slots together, and of each."""
 
+_SUMS: Sequence[_Column] = (
+    ("KV", lambda context: context.kv_bytes, lambda context: context.slot_kv_bytes),
+    ("+ weights", lambda context: context.needed_bytes, lambda _: None),
+    ("left", lambda context: context.left_bytes, lambda _: None),
+)
+_COLUMNS = 80
+_MOST_SIZES = 5
+"""So many sizes fit beside one another into 80 columns, however wide they are."""
+
 
 def render(plan: Plan) -> RenderableType:
     """Return the answer: what each context needs, what is the largest that fits, what is left out."""
@@ -84,17 +93,14 @@ def _settings(settings: PlannedSettings) -> Iterator[str]:
 def _contexts(plan: Plan) -> Iterator[Table]:
     kinds = list(dict.fromkeys(kind for context in plan.contexts for kind in context.bytes_by_kind))
     kinds = kinds if len(kinds) > 1 else []
-    # More kinds than two and the sums besides do not fit into 80 columns.
-    apart = len(kinds) > 2
+    apart = len(kinds) > _MOST_SIZES - len(_SUMS)
     columns = [] if apart else [*map(_kind_column, kinds)]
-    columns.append(("KV", lambda context: context.kv_bytes, lambda context: context.slot_kv_bytes))
-    if plan.model.weights_bytes is not None:
-        columns.append(("+ weights", lambda context: context.needed_bytes, _nothing))
-    if plan.vram_bytes is not None:
-        columns.append(("left", lambda context: context.left_bytes, _nothing))
+    columns += [
+        column for column in _SUMS if any(column[1](context) is not None for context in plan.contexts)
+    ]
     yield _context_table(plan, columns)
-    if apart:
-        yield _context_table(plan, [*map(_kind_column, kinds)])
+    for begin in range(0, len(kinds) if apart else 0, _MOST_SIZES):
+        yield _context_table(plan, [*map(_kind_column, kinds[begin : begin + _MOST_SIZES])])
 
 
 def _kind_column(kind: str) -> _Column:
@@ -105,36 +111,34 @@ def _kind_column(kind: str) -> _Column:
     )
 
 
-def _nothing(_: PlannedContext) -> None:
-    """Say nothing of one slot."""
-
-
 def _context_table(plan: Plan, columns: Sequence[_Column]) -> Table:
-    table = _table("context")
-    table.add_column("tokens", justify="right")
-    for name, _, _ in columns:
-        table.add_column(name, justify="right", overflow="fold")
     several = plan.settings.slots > 1
+    rows = [("context", "tokens", *(name for name, _, _ in columns))]
     for context in plan.contexts:
         sizes = (_size_cell(of_all(context)) for _, of_all, _ in columns)
-        table.add_row("in all" if several else "one slot", str(context.context_tokens), *sizes)
-        if several:
-            table.add_row(*_slot_row(context, columns), style="dim")
+        rows.append(("in all" if several else "one slot", str(context.context_tokens), *sizes))
+        of_one = (*_slot_row(context, columns),)
+        if several and any(of_one[2:]):
+            rows.append(of_one)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    table = _table(rows[0][0], apart=2 if sum(widths) + 2 * len(widths) <= _COLUMNS else 1)
+    for name in rows[0][1:]:
+        table.add_column(name, justify="right", overflow="fold")
+    for row in rows[1:]:
+        cells = (Text(cell, style="red" if cell.startswith("-") else "") for cell in row)
+        table.add_row(*cells, style="dim" if "slot" in row[0] and several else "")
     return table
 
 
-def _slot_row(context: PlannedContext, columns: Sequence[_Column]) -> Iterator[RenderableType]:
-    tokens = str(context.slot_context_tokens)
-    if context.slot_kv_bytes is not None:
-        yield from ("each slot", tokens)
-        yield from (_size_cell(of_slot(context)) for _, _, of_slot in columns)
-    else:
-        yield from ("a full slot", tokens)
-        yield from (_size_cell(context.full_slot_bytes if name == "KV" else None) for name, _, _ in columns)
+def _slot_row(context: PlannedContext, columns: Sequence[_Column]) -> Iterator[str]:
+    shared = context.slot_kv_bytes is None
+    yield from ("a full slot" if shared else "each slot", str(context.slot_context_tokens))
+    for name, _, of_slot in columns:
+        yield _size_cell(context.full_slot_bytes if shared and name == "KV" else of_slot(context))
 
 
-def _size_cell(count: int | None) -> Text:
-    return Text("") if count is None else Text(size(count), style="red" if count < 0 else "")
+def _size_cell(count: int | None) -> str:
+    return "" if count is None else size(count)
 
 
 def _fits(fits: Sequence[ContextFit]) -> Table:
