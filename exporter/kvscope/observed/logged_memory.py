@@ -36,7 +36,8 @@ class LoggedContext:
 
     context_tokens: n_ctx, sequence_context_tokens: n_ctx_seq, sequences: n_seq_max, rollback_snapshots:
     n_rs_seq. model_buffers and compute_buffers: bytes by device; a context on a model that was loaded for
-    another one before has no model_buffers.
+    another one before has no model_buffers. devices: those that the model uses beside the CPU, with the
+    PCI id (0000:01:00.0) where their line says it.
     """
 
     context_tokens: int | None = None
@@ -50,6 +51,7 @@ class LoggedContext:
     caches: tuple[LoggedCache, ...] = ()
     model_buffers: Mapping[str, int] = field(default_factory=dict)
     compute_buffers: Mapping[str, int] = field(default_factory=dict)
+    devices: Mapping[str, str | None] = field(default_factory=dict)
 
     @property
     def cache_bytes(self) -> int:

@@ -1,8 +1,8 @@
 """Reads what llama.cpp logs when it allocates a model and its caches: lines in, observed values out.
 
-The lines are those of build b11549 at verbosity 4 and above (src/llama-context.cpp, llama-kv-cache*.cpp,
-llama-memory-recurrent.cpp, llama-model.cpp); what older builds spell otherwise is accepted too. Text in
-front of them (a time, a level, a container's name) does not matter.
+The lines are those of build b11549 at verbosity 4 and above (src/llama.cpp, llama-context.cpp,
+llama-kv-cache*.cpp, llama-memory-recurrent.cpp, llama-model.cpp); what older builds spell otherwise is
+accepted too. Text in front of them (a time, a level, a container's name) does not matter.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class _Context:
     caches: list[LoggedCache] = field(default_factory=list)
     model_buffers: dict[str, int] = field(default_factory=dict)
     compute_buffers: dict[str, int] = field(default_factory=dict)
+    devices: dict[str, str | None] = field(default_factory=dict)
 
     @property
     def complete(self) -> bool:
@@ -62,6 +63,7 @@ class _Context:
             caches=tuple(self.caches),
             model_buffers=self.model_buffers,
             compute_buffers=self.compute_buffers,
+            devices=self.devices,
         )
 
 
@@ -71,6 +73,8 @@ class _Reading:
         self._draft_announced = False
         self._begin_cache(None)
         self._model_buffers: dict[str, int] = {}
+        self._model_devices: dict[str, str | None] = {}
+        self._devices_taken = False
 
     def result(self) -> LoggedMemory:
         for load in reversed(self._loads):
@@ -91,9 +95,18 @@ class _Reading:
     def measures_only(self, _: re.Match[str]) -> None:
         self._loads[-1].measured_only = True
 
+    def model_device(self, found: re.Match[str]) -> None:
+        # Older builds name the devices before the model's header, newer ones after it.
+        if self._devices_taken:
+            self._model_devices, self._devices_taken = {}, False
+        self._model_devices[found["device"]] = found["id"] and found["id"].lower()
+
     def context(self, _: re.Match[str]) -> None:
-        self._loads[-1].contexts.append(_Context(model_buffers=self._model_buffers))
+        self._loads[-1].contexts.append(
+            _Context(model_buffers=self._model_buffers, devices=self._model_devices)
+        )
         self._model_buffers = {}
+        self._devices_taken = True
         self._begin_cache(None)
 
     def setting(self, found: re.Match[str]) -> None:
@@ -255,6 +268,14 @@ _LINES: tuple[tuple[str, re.Pattern[str], Callable[[_Reading, re.Match[str]], No
         "Flash Attention",
         re.compile(r"Flash Attention (?:was auto, set to )?(?P<value>enabled|disabled)"),
         _Reading.flash_attention,
+    ),
+    (
+        "using device",
+        re.compile(
+            r"using device (?P<device>\S{1,64}) \(.*?"
+            r"(?:\((?P<id>[0-9a-fA-F]{4,8}:[0-9a-fA-F]{2}:[0-9a-fA-F]{2}\.[0-7])\))? - [0-9]{1,12} MiB free"
+        ),
+        _Reading.model_device,
     ),
     ("loading draft model", re.compile("loading draft model"), _Reading.draft_follows),
     ("loaded meta data", re.compile("llama_model_loader: loaded meta data"), _Reading.model),
