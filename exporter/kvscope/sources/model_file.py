@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import NamedTuple
 
 from kvscope.observed.model import ModelSeen
 from kvscope.settings import ServerSettings
-from kvscope.sources.gguf_header import HeaderError, header_identity, read_header
+from kvscope.sources.gguf_header import HeaderError, has_weights, header_identity, read_header
 from kvscope.sources.model_shape import ShapeFileError, read_shape
 
 
@@ -52,6 +53,8 @@ class ModelFile:
             if self._last is not None and self._last[:2] == (path, identity):
                 return self._last[2]
             header = read_shape(path) if is_shape else read_header(path)
+            if not is_shape and not has_weights(path):
+                header = replace(header, file_bytes=None)  # a header alone is no measure of the weights
         except (HeaderError, ShapeFileError) as error:
             self._last = None
             raise ModelFileError(f"the {self._what()} cannot be used: {error}") from None

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from tests.gguf_files import llama, number, write
 
+from kvscope.demo.tiny_model import write_tiny_model
 from kvscope.observed.model import ModelSeen
 from kvscope.settings import ServerSettings
 from kvscope.sources.gguf_header import read_header
@@ -79,6 +80,18 @@ def test_a_shape_stands_in_for_the_file(model: Path) -> None:
     shape.write_text(json.dumps(shape_document(read_header(model))))
     seen = ModelFile(ServerSettings("main", kv_shape=str(shape))).read(Served("/elsewhere/tiny.gguf"))
     assert layers(seen) == 4
+
+
+def test_a_header_alone_tells_the_shape_but_no_size_of_weights(tmp_path: Path) -> None:
+    path = write_tiny_model(tmp_path / "whole.gguf")
+    whole = ModelFile(ServerSettings("main")).read(seen_at(path))
+    assert whole is not None
+    assert whole.header.file_bytes == path.stat().st_size
+    cut = write(tmp_path / "cut.gguf", path.read_bytes()[:100_000])
+    seen = ModelFile(ServerSettings("main")).read(seen_at(cut))
+    assert layers(seen) == 4
+    assert seen is not None
+    assert seen.header.file_bytes is None
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"not a model", b"GGUF" + bytes(1000)])
