@@ -74,7 +74,10 @@ def always(_keys: Keys) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """One row. memory: the kind of memory of the main context.
+    """One row. memory: the kind of memory of the main context; draft: of one that predicts further tokens.
+
+    draft is None: the attention of those layers alone, and of recurrent models the main context's kind.
+    further_in_main: the layers that predict further tokens are cached in the main context too.
 
     latent: keys alone are cached (MLA). image_positions: the model rotates by several positions (M-RoPE).
     cached: how many layers own keys and values, out of all. extra: KV heads of layers behind the last.
@@ -86,6 +89,7 @@ class Architecture:
     """
 
     memory: MemoryKind = kinds.attention
+    draft: MemoryKind | None = None
     window: Window | None = None
     recurrent: RecurrentRule | None = None
     latent: Callable[[Keys], bool] = never
@@ -98,6 +102,15 @@ class Architecture:
     lengths_without_heads: bool = False
     nextn_by_tensors: bool = False
     rollback: bool = False
+    further_in_main: bool = False
+
+    @property
+    def draft_memory(self) -> MemoryKind:
+        """The kind of memory of a context that predicts further tokens."""
+        if self.draft is not None:
+            return self.draft
+        same = self.recurrent is not None or self.further_in_main
+        return self.memory if same else kinds.further_tokens
 
 
 # Windows
@@ -161,6 +174,11 @@ def everywhere(_keys: Keys, _trunk: int, total: int) -> Flags:
     return (True,) * total
 
 
+def in_trunk(_keys: Keys, trunk: int, total: int) -> Flags:
+    """All layers but those that predict further tokens are windowed."""
+    return tuple(il < trunk for il in range(total))
+
+
 # Recurrent layers
 
 
@@ -171,17 +189,19 @@ def all_layers(_keys: Keys, header: HeaderLayers) -> Flags:
 
 def without_kv_heads(_keys: Keys, header: HeaderLayers) -> Flags:
     """Layers that have no KV heads."""
-    return tuple(heads == 0 for heads in header.kv_heads)
+    return tuple(il < header.trunk and heads == 0 for il, heads in enumerate(header.kv_heads))
 
 
-def nemotron_recurrent(_keys: Keys, header: HeaderLayers) -> Flags:
-    """Layers with neither KV heads nor a feed-forward network."""
-    return tuple(not heads and not ff for heads, ff in zip(header.kv_heads, header.feed_forward, strict=True))
+def nemotron_recurrent(keys: Keys, header: HeaderLayers) -> Flags:
+    """Layers of the trunk with neither KV heads nor a feed-forward network."""
+    without = without_kv_heads(keys, header)
+    return tuple(flag and not ff for flag, ff in zip(without, header.feed_forward, strict=True))
 
 
-def nemotron_attending(_keys: Keys, header: HeaderLayers) -> Flags:
-    """Layers with KV heads and no feed-forward network."""
-    return tuple(heads > 0 and not ff for heads, ff in zip(header.kv_heads, header.feed_forward, strict=True))
+def nemotron_attending(keys: Keys, header: HeaderLayers) -> Flags:
+    """The others without a feed-forward network."""
+    without = without_kv_heads(keys, header)
+    return tuple(not flag and not ff for flag, ff in zip(without, header.feed_forward, strict=True))
 
 
 def interval(default: int) -> LayerRule:
@@ -191,7 +211,7 @@ def interval(default: int) -> LayerRule:
         if keys.is_list("attention.recurrent_layers"):
             return tuple(bool(flag) for flag in keys.per_layer("attention.recurrent_layers", header.total))
         step = keys.number("full_attention_interval", default, least=1)
-        return tuple(il < header.trunk and (il + 1) % step != 0 for il in range(header.total))
+        return tuple((il + 1) % step != 0 for il in range(header.total))
 
     return layers
 
@@ -243,6 +263,11 @@ def with_mla_lengths(keys: Keys) -> bool:
     return bool(keys.number("attention.key_length_mla", 0) and keys.number("attention.value_length_mla", 0))
 
 
+def needed_mla_lengths(keys: Keys) -> bool:
+    """The lengths must be in the header; it is latents unless they are 0."""
+    return bool(keys.number("attention.key_length_mla") and keys.number("attention.value_length_mla"))
+
+
 def with_sections(keys: Keys) -> bool:
     """M-RoPE only where the header has sections for it (llama_hparams::use_mrope)."""
     if not keys.has("rope.dimension_sections"):
@@ -251,34 +276,34 @@ def with_sections(keys: Keys) -> bool:
     return len(sections) > 1 and sections[0] > 0 and sections[1] > 0
 
 
+def with_any_sections(keys: Keys) -> bool:
+    """M-RoPE where the header names sections (dflash)."""
+    return keys.has("rope.dimension_sections") and any(keys.numbers("rope.dimension_sections"))
+
+
 def all_but_shared(keys: Keys, layers: int) -> int:
     """The last layers use an earlier one's keys and values (gemma4)."""
     return max(layers - keys.number("attention.shared_kv_layers", 0), 0)
 
 
-def trunk_layers(shape: ModelShape) -> Sequence[int]:
-    """Every layer of the trunk has an indexer."""
-    return shape.trunk
+def attending_layers(shape: ModelShape) -> Sequence[int]:
+    """Every layer that attends has an indexer."""
+    return shape.attention_layers
 
 
 def own_indexers(shape: ModelShape) -> Sequence[int]:
     """Layers that attention.indexer.types marks."""
-    return kinds.indexed_layers(shape, shape.trunk)
+    return kinds.indexed_layers(shape)
 
 
 def glm_indexers(shape: ModelShape) -> Sequence[int]:
     """What the header marks, else what load_arch_hparams of glm-dsa builds in."""
     if shape.keys.has("attention.indexer.types") or shape.context_length < GLM_LONG_CONTEXT:
         return own_indexers(shape)
-    return [il for il in shape.trunk if il < 3 or (il - 2) % 4 == 0]
+    return [il for il in shape.attention_layers if il < 3 or (il - 2) % 4 == 0]
 
 
 GLM_LONG_CONTEXT = 1048576
-
-
-def full_layers(shape: ModelShape) -> Sequence[int]:
-    """Layers without a window."""
-    return [il for il in shape.trunk if not shape.window_layers[il]]
 
 
 def indexed_or_plain(shape: ModelShape, context: kinds.Context) -> tuple[str, list[kinds.Cache]]:
@@ -311,8 +336,15 @@ def recurrent(sizes: SizeRule) -> Architecture:
 
 
 GATED_DELTA = RecurrentRule(interval(4), mamba2)
-NEMOTRON = RecurrentRule(nemotron_recurrent, mamba2, nemotron_attending)
+NEMOTRON = RecurrentRule(nemotron_recurrent, mamba2, nemotron_attending, trunk_only=False)
 SHORT_CONVOLUTION = RecurrentRule(without_kv_heads, short_convolution, trunk_only=False)
+
+GLM_INDEXER = kinds.Indexer(lambda _keys: 3, own_indexers, never)
+QWEN_INDEXER = kinds.Indexer(
+    lambda keys: 2 if keys.has("attention.compress_ratios") else 1,
+    attending_layers,
+    lambda keys: keys.has("ple.layers"),
+)
 
 ARCHITECTURES = MappingProxyType(
     {
@@ -327,9 +359,10 @@ ARCHITECTURES = MappingProxyType(
         "bailingmoe3": Architecture(
             kinds.hybrid,
             recurrent=RecurrentRule(without_kv_heads, kda, trunk_only=False),
-            latent=always,
+            latent=needed_mla_lengths,
             image_positions=with_sections,
             rollback=True,
+            draft=kinds.further_tokens,
         ),
         "bert": NONE,
         "bitnet": PLAIN,
@@ -347,13 +380,15 @@ ARCHITECTURES = MappingProxyType(
         "deepseek": PLAIN,
         "deepseek2": LATENT_BY_KEYS,
         "deepseek2-ocr": PLAIN,
-        "deepseek32": Architecture(kinds.dsa(trunk_layers), latent=with_mla_lengths),
+        "deepseek32": Architecture(kinds.dsa(attending_layers), latent=needed_mla_lengths),
         "deepseek4": Architecture(
             kinds.dsv4, window=Window(needed_key, everywhere), nextn_by_tensors=True, rollback=True
         ),
-        "dflash": windowed(positive_key, listed),
+        "dflash": Architecture(window=Window(positive_key, listed), image_positions=with_any_sections),
         "dots1": PLAIN,
-        "dots3note": Architecture(kinds.dsa(full_layers), window=Window(needed_key, listed), latent=always),
+        "dots3note": Architecture(
+            kinds.dsa(own_indexers), window=Window(needed_key, listed), latent=needed_mla_lengths
+        ),
         "dream": DIFFUSION,
         "eagle3": PLAIN,
         "ernie4_5": PLAIN,
@@ -375,14 +410,15 @@ ARCHITECTURES = MappingProxyType(
         ),
         "gemma4": Architecture(window=Window(needed_key, listed), cached=all_but_shared),
         "gemma4-assistant": Architecture(borrowed),
-        "glm-dsa": Architecture(kinds.dsa(glm_indexers), latent=with_mla_lengths),
+        "glm-dsa": Architecture(kinds.dsa(glm_indexers), latent=needed_mla_lengths),
         "glm4": IMAGES_BY_SECTIONS,
         "glm4moe": IMAGES_BY_SECTIONS,
         "glm5-next": Architecture(
-            kinds.hybrid_indexed(lambda _keys: 3),
+            kinds.hybrid_indexed(GLM_INDEXER),
             recurrent=RecurrentRule(without_kv_heads, kda),
-            latent=always,
+            latent=needed_mla_lengths,
             rollback=True,
+            draft=kinds.hybrid_indexed(GLM_INDEXER, further=True),
         ),
         "gpt-oss": windowed(needed_key, every(2)),
         "gpt2": PLAIN,
@@ -401,7 +437,7 @@ ARCHITECTURES = MappingProxyType(
         "hunyuan-moe": PLAIN,
         "hunyuan_vl": IMAGES_BY_SECTIONS,
         "hy_v3": PLAIN,
-        "hy_v4": Architecture(indexed_or_plain, latent=always),
+        "hy_v4": Architecture(indexed_or_plain, latent=needed_mla_lengths, further_in_main=True),
         "internlm2": PLAIN,
         "jais": PLAIN,
         "jais2": PLAIN,
@@ -413,15 +449,17 @@ ARCHITECTURES = MappingProxyType(
         "kimi-k3": Architecture(
             kinds.hybrid,
             recurrent=RecurrentRule(without_kv_heads, kda, trunk_only=False),
-            latent=always,
+            latent=needed_mla_lengths,
             rollback=True,
         ),
         "kimi-linear": Architecture(
-            kinds.hybrid, recurrent=RecurrentRule(without_kv_heads, kda, trunk_only=False), latent=always
+            kinds.hybrid,
+            recurrent=RecurrentRule(without_kv_heads, kda, trunk_only=False),
+            latent=needed_mla_lengths,
         ),
         "laguna": windowed(positive_key, every(4, dense_first=True)),
         "lfm2": Architecture(
-            kinds.hybrid, window=Window(positive_key, everywhere), recurrent=SHORT_CONVOLUTION, rollback=True
+            kinds.hybrid, window=Window(positive_key, in_trunk), recurrent=SHORT_CONVOLUTION, rollback=True
         ),
         "lfm2moe": Architecture(kinds.hybrid, recurrent=SHORT_CONVOLUTION, rollback=True),
         "llada": DIFFUSION,
@@ -437,11 +475,9 @@ ARCHITECTURES = MappingProxyType(
         "mimo2": windowed(needed_key, listed),
         "minicpm": PLAIN,
         "minicpm3": PLAIN,
-        "minimax-01": Architecture(
-            kinds.hybrid, recurrent=RecurrentRule(interval(8), lightning, trunk_only=False)
-        ),
+        "minimax-01": Architecture(kinds.hybrid, recurrent=RecurrentRule(interval(8), lightning)),
         "minimax-m2": PLAIN,
-        "minimax-m3": Architecture(kinds.msa),
+        "minimax-m3": Architecture(kinds.msa, further_in_main=True),
         "mistral3": PLAIN,
         "mistral4": LATENT_BY_KEYS,
         "modern-bert": NONE,
@@ -449,8 +485,12 @@ ARCHITECTURES = MappingProxyType(
         "muse-glimmer": windowed(needed_key, every(4)),
         "nanbeige": Architecture(repeats=lambda keys: keys.number("num_loops", 1, least=1)),
         "nemotron": PLAIN,
-        "nemotron_h": Architecture(kinds.hybrid, recurrent=NEMOTRON, rollback=True),
-        "nemotron_h_moe": Architecture(kinds.hybrid, recurrent=NEMOTRON, rollback=True),
+        "nemotron_h": Architecture(
+            kinds.hybrid, recurrent=NEMOTRON, rollback=True, draft=kinds.further_tokens
+        ),
+        "nemotron_h_moe": Architecture(
+            kinds.hybrid, recurrent=NEMOTRON, rollback=True, draft=kinds.further_tokens
+        ),
         "neo-bert": NONE,
         "nomic-bert": NONE,
         "nomic-bert-moe": NONE,
@@ -478,18 +518,31 @@ ARCHITECTURES = MappingProxyType(
         "qwen2moe": PLAIN,
         "qwen2vl": IMAGES,
         "qwen3": PLAIN,
-        "qwen35": Architecture(kinds.hybrid, recurrent=GATED_DELTA, image_positions=always, rollback=True),
-        "qwen35moe": Architecture(kinds.hybrid, recurrent=GATED_DELTA, image_positions=always, rollback=True),
+        "qwen35": Architecture(
+            kinds.hybrid,
+            recurrent=GATED_DELTA,
+            image_positions=always,
+            rollback=True,
+            draft=kinds.further_tokens,
+        ),
+        "qwen35moe": Architecture(
+            kinds.hybrid,
+            recurrent=GATED_DELTA,
+            image_positions=always,
+            rollback=True,
+            draft=kinds.further_tokens,
+        ),
         "qwen3moe": PLAIN,
-        "qwen3next": Architecture(kinds.hybrid, recurrent=GATED_DELTA),
+        "qwen3next": Architecture(kinds.hybrid, recurrent=GATED_DELTA, draft=kinds.further_tokens),
         "qwen3tts": IMAGES,
         "qwen3vl": IMAGES,
         "qwen3vlmoe": IMAGES,
         "qwen4exp": Architecture(
-            kinds.hybrid_indexed(lambda keys: 2 if keys.has("attention.compress_ratios") else 1),
+            kinds.hybrid_indexed(QWEN_INDEXER),
             recurrent=RecurrentRule(interval(4), mamba2, history=True),
             image_positions=always,
             rollback=True,
+            draft=kinds.hybrid_indexed(QWEN_INDEXER, further=True),
         ),
         "refact": PLAIN,
         "rnd1": DIFFUSION,
@@ -534,23 +587,18 @@ def model_shape(header: ModelHeader, row: Architecture) -> ModelShape:
     layers = header_layers * repeats + len(row.extra)
     if layers > MOST_LAYERS:
         raise ShapeError(f"{keys.full_name('block_count')} means {layers} layers, more than {MOST_LAYERS}")
-    further = keys.number("nextn_predict_layers", 0)
-    if row.nextn_by_tensors and further:
-        if keys.nextn_tensors is None:
-            name = keys.full_name("nextn_predict_layers")
-            raise ShapeError(f"{name} is {further}, but whether the file holds those layers is not known")
-        further = further if keys.nextn_tensors else 0
-    if further >= layers and row.memory is not borrowed:
-        raise ShapeError(f"{keys.full_name('nextn_predict_layers')} is {further} of {layers} layers")
-    trunk = max(layers - further, 0)
-
-    embedding = keys.number("embedding_length", 0)
+    further = _further_layers(keys, row, header_layers * repeats)
     heads = keys.per_layer("attention.head_count", header_layers, (0,) * header_layers)
     kv_heads = keys.per_layer("attention.head_count_kv", header_layers, heads)
     feed_forward = keys.per_layer("feed_forward_length", header_layers, (0,) * header_layers)
+    if row.extra:
+        header_layers, further = header_layers - further, 0
     heads, kv_heads, feed_forward = (
-        values * repeats + row.extra for values in (heads, kv_heads, feed_forward)
+        values[:header_layers] * repeats + row.extra for values in (heads, kv_heads, feed_forward)
     )
+    layers = len(kv_heads)
+    trunk = layers - further
+    embedding = keys.number("embedding_length", 0)
     key_length = value_length = embedding // heads[0] if heads[0] else 0
     if heads[0] or row.lengths_without_heads:
         key_length = keys.number("attention.key_length", key_length)
@@ -561,13 +609,12 @@ def model_shape(header: ModelHeader, row: Architecture) -> ModelShape:
     window_layers = (False,) * layers
     if row.window and window_tokens is not None:
         window_layers = row.window.layers(keys, trunk, layers)
-    kept, attending = _recurrent_layers(keys, row, lengths)
+    kept, attending = _layers_by_use(keys, row, lengths)
     return ModelShape(
         keys=keys,
         context_length=keys.number("context_length", least=1),
         trunk_layers=trunk,
         layers=layers,
-        cached_layers=row.cached(keys, layers) if row.cached else layers,
         kv_heads=kv_heads,
         key_length=key_length,
         value_length=value_length,
@@ -583,16 +630,30 @@ def model_shape(header: ModelHeader, row: Architecture) -> ModelShape:
     )
 
 
-def _recurrent_layers(
+def _further_layers(keys: Keys, row: Architecture, layers: int) -> int:
+    name = "nextn_predict_layers"
+    further = keys.number(name, 0)
+    if row.nextn_by_tensors and further:
+        if keys.nextn_tensors is None:
+            wanted = f"{keys.full_name(name)} is {further}"
+            raise ShapeError(f"{wanted}, but whether the file holds those layers is not known")
+        further = further if keys.nextn_tensors else 0
+    if further >= layers and row.memory is not borrowed:
+        raise ShapeError(f"{keys.full_name(name)} is {further} of {layers} layers")
+    return min(further, layers)
+
+
+def _layers_by_use(
     keys: Keys, row: Architecture, header: HeaderLayers
 ) -> tuple[Recurrent | None, tuple[int, ...]]:
     rule = row.recurrent
     if rule is None:
-        return None, ()
+        cached = row.cached(keys, header.total) if row.cached else header.total
+        return None, tuple(range(min(header.total if row.further_in_main else header.trunk, cached)))
     among = range(header.trunk if rule.trunk_only else header.total)
     flags = rule.layers(keys, header)
     attends = rule.attending(keys, header) if rule.attending else tuple(not flag for flag in flags)
-    layers = tuple(il for il in among if flags[il])
+    layers = tuple(il for il in range(header.trunk) if flags[il])
     convolution, state = rule.sizes(keys, header)
     history = 0
     history_layers: tuple[int, ...] = ()

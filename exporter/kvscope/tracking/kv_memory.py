@@ -13,7 +13,6 @@ from kvscope.tracking.memory_kinds import (
     CacheKind,
     Context,
     SequencePart,
-    further_tokens,
     padded,
 )
 from kvscope.tracking.model_shape import LARGEST_VALUE, ModelShape, ShapeError
@@ -120,7 +119,7 @@ def kv_memory(header: ModelHeader, parameters: ContextParameters) -> KvMemory:
     row = architecture(header.architecture)
     shape = model_shape(header, row)
     context = _context(shape, row, parameters)
-    name, caches = (further_tokens if parameters.draft else row.memory)(shape, context)
+    name, caches = (row.draft_memory if parameters.draft else row.memory)(shape, context)
     parts = tuple(part for _, part in caches)
     return KvMemory(
         memory_class=name,
@@ -157,7 +156,6 @@ def _context(shape: ModelShape, row: Architecture, asked: ContextParameters) -> 
     if not asked.unified:
         sequence_tokens = padded(tokens // asked.sequences)
         tokens = sequence_tokens * asked.sequences
-    rollback = row.rollback and not asked.draft
     return Context(
         tokens=tokens,
         sequence_tokens=sequence_tokens,
@@ -169,5 +167,5 @@ def _context(shape: ModelShape, row: Architecture, asked: ContextParameters) -> 
         swa_full=asked.swa_full,
         cache_type_k=asked.cache_type_k,
         cache_type_v=asked.cache_type_v,
-        rollback_snapshots=asked.rollback_snapshots if rollback else 0,
+        rollback_snapshots=asked.rollback_snapshots if row.rollback else 0,
     )

@@ -214,11 +214,9 @@ def none(_shape: ModelShape, _context: Context) -> tuple[str, list[Cache]]:
     return "none", []
 
 
-def attention(
-    shape: ModelShape, context: Context, layers: Sequence[int] | None = None, *, checkpoint: bool = True
-) -> tuple[str, list[Cache]]:
+def attention(shape: ModelShape, context: Context, *, checkpoint: bool = True) -> tuple[str, list[Cache]]:
     """Keys and values of every token; of windowed layers, of the window alone: llama_kv_cache(_iswa)."""
-    layers = shape.trunk if layers is None else layers
+    layers = shape.attention_layers
     v_width = None if shape.latent else shape.v_width
     widest = max((shape.v_width(layer) for layer in range(shape.layers)), default=0)
 
@@ -268,10 +266,16 @@ def window_cells(tokens: int, context: Context) -> int:
 
 def further_tokens(shape: ModelShape, context: Context) -> tuple[str, list[Cache]]:
     """The context of the layers that predict further tokens (MTP): attention, whatever the model."""
+    return attention(of_further_layers(shape), context)
+
+
+def of_further_layers(shape: ModelShape) -> ModelShape:
+    """Return the shape of the layers that predict further tokens alone; none of them keeps a state."""
     if not shape.further:
         key = shape.keys.full_name("nextn_predict_layers")
         raise ShapeError(f"{key} names no layers that predict further tokens (MTP)")
-    return attention(shape, context, shape.further)
+    kept = shape.recurrent and replace(shape.recurrent, layers=(), history_layers=())
+    return replace(shape, attention_layers=shape.further, recurrent=kept)
 
 
 def recurrent(shape: ModelShape, context: Context) -> tuple[str, list[Cache]]:
@@ -282,7 +286,7 @@ def recurrent(shape: ModelShape, context: Context) -> tuple[str, list[Cache]]:
 def _recurrent_state(shape: ModelShape, context: Context) -> Cache:
     kept = shape.recurrent
     assert kept is not None
-    rows = context.sequences * (1 + context.rollback_snapshots)
+    rows = context.sequences * (1 + (context.rollback_snapshots if kept.layers else 0))
     parts = (
         BYTES_PER_STATE_ELEMENT * len(kept.layers) * kept.convolution,
         BYTES_PER_STATE_ELEMENT * len(kept.layers) * kept.state,
@@ -310,7 +314,7 @@ def _recurrent_state(shape: ModelShape, context: Context) -> Cache:
 
 def hybrid(shape: ModelShape, context: Context) -> tuple[str, list[Cache]]:
     """Some layers attend, some keep a state: llama_memory_hybrid(_iswa)."""
-    kind, caches = attention(shape, context, shape.attention_layers, checkpoint=False)
+    kind, caches = attention(shape, context, checkpoint=False)
     if kind == "kv":
         caches = [_renamed(cache, "attn") for cache in caches]
     name = "hybrid" if kind == "kv" else "hybrid_iswa"
@@ -321,40 +325,50 @@ def _renamed(cache: Cache, name: str) -> Cache:
     return replace(cache[0], name=name), cache[1]
 
 
-def hybrid_indexed(rows: Callable[[Keys], int]) -> MemoryKind:
+@dataclass(frozen=True, slots=True)
+class Indexer:
+    """A third cache of a hybrid: rows of the indexer's keys a token, the layers that have it, its cells."""
+
+    rows: Callable[[Keys], int]
+    layers: Callable[[ModelShape], Sequence[int]]
+    image_positions: Callable[[Keys], bool]
+
+
+def hybrid_indexed(indexer: Indexer, *, further: bool = False) -> MemoryKind:
     """A hybrid with a third cache, of keys that an indexer searches: llama_memory_hybrid_idx.
 
-    rows: how many of the indexer's keys each token has.
+    further: of the layers that predict further tokens.
     """
 
     def kind(shape: ModelShape, context: Context) -> tuple[str, list[Cache]]:
+        if further:
+            shape = of_further_layers(shape)
         _, caches = hybrid(shape, context)
-        layers = indexed_layers(shape, shape.attention_layers)
-        width = rows(shape.keys) * shape.keys.number("attention.indexer.key_length")
-        indexer = kv_cache(
+        width = indexer.rows(shape.keys) * shape.keys.number("attention.indexer.key_length")
+        third = kv_cache(
             "idx",
             CacheKind.INDEXER,
             context,
-            layers,
+            indexer.layers(shape),
             lambda _: width,
             None,
-            image_positions=shape.image_positions,
+            image_positions=indexer.image_positions(shape.keys),
             checkpoint=False,
         )
-        return "hybrid_idx", [caches[0], indexer, *caches[1:]]
+        return "hybrid_idx", [caches[0], third, *caches[1:]]
 
     return kind
 
 
-def indexed_layers(shape: ModelShape, layers: Sequence[int]) -> list[int]:
-    """Return those of layers that have an indexer of their own (llama_hparams::is_indexer_full)."""
+def indexed_layers(shape: ModelShape) -> list[int]:
+    """Return attending layers that have an indexer of their own (llama_hparams::is_indexer_full)."""
     # The list has an entry for each layer of the trunk; some files have one for the layers behind it too.
     name = "attention.indexer.types"
     entries = shape.trunk_layers
     if shape.keys.is_list(name) and len(shape.keys.numbers(name)) == shape.layers:
         entries = shape.layers
     own = shape.keys.per_layer(name, entries, (1,) * entries)
-    return [layer for layer in layers if own[layer]]
+    return [layer for layer in shape.attention_layers if layer >= entries or own[layer]]
 
 
 def dsa(indexed: Callable[[ModelShape], Sequence[int]]) -> MemoryKind:
@@ -371,9 +385,14 @@ def dsa(indexed: Callable[[ModelShape], Sequence[int]]) -> MemoryKind:
 
 
 def _indexer(shape: ModelShape, context: Context, layers: Sequence[int]) -> Cache:
-    width = shape.keys.number("attention.indexer.key_length")
+    length = shape.keys.number("attention.indexer.key_length")
+
+    def width(layer: int) -> int:
+        # llama.cpp gives the indexer one head of its own length, but lets windowed layers keep theirs.
+        return shape.key_length_window if shape.window_layers[layer] else length
+
     checkpoint = shape.window_tokens is None
-    return kv_cache("lid", CacheKind.INDEXER, context, layers, lambda _: width, None, checkpoint=checkpoint)
+    return kv_cache("lid", CacheKind.INDEXER, context, layers, width, None, checkpoint=checkpoint)
 
 
 def msa(shape: ModelShape, context: Context) -> tuple[str, list[Cache]]:
@@ -385,7 +404,7 @@ def msa(shape: ModelShape, context: Context) -> tuple[str, list[Cache]]:
         "idx",
         CacheKind.INDEXER,
         context,
-        [layer for layer in shape.trunk if layer >= dense],
+        [layer for layer in shape.attention_layers if layer >= dense],
         lambda _: width,
         lambda _: shape.value_length,
         widest_v=shape.value_length,
@@ -403,7 +422,9 @@ def dsv4(shape: ModelShape, context: Context) -> tuple[str, list[Cache]]:
     keys, streams = shape.keys, context.sequences
     ratios = keys.per_layer("attention.compress_ratios", shape.layers)
     indexer_length = keys.number("attention.indexer.key_length")
-    by_ratio = {ratio: [il for il in shape.trunk if ratios[il] == ratio] for ratio in LATENT_RATIOS}
+    by_ratio = {
+        ratio: [il for il in shape.attention_layers if ratios[il] == ratio] for ratio in LATENT_RATIOS
+    }
 
     def raw(name: str, kind: CacheKind, layers: Sequence[int], cells: int, live: Live) -> Cache:
         return kv_cache(
@@ -419,10 +440,10 @@ def dsv4(shape: ModelShape, context: Context) -> tuple[str, list[Cache]]:
             checkpoint=kind is CacheKind.WINDOW,
         )
 
-    def compressed(name: str, kind: CacheKind, ratio: int, width: int) -> Cache:
+    def compressed(name: str, kind: CacheKind, ratio: int, width: Width) -> Cache:
         layers = by_ratio[ratio]
         cells = padded(-(-context.sequence_tokens // ratio))
-        row = len(layers) * row_bytes(context.cache_type_k, width)
+        row = sum(row_bytes(context.cache_type_k, width(layer)) for layer in layers)
         allocation = CacheAllocation(name, kind, cells, streams, tuple(layers), k_bytes=row * cells * streams)
         empty = 16 + 32 * len(layers)
         return allocation, SequencePart(Live(ratio=ratio), row, empty_bytes=empty, checkpoint=False)
@@ -439,18 +460,19 @@ def dsv4(shape: ModelShape, context: Context) -> tuple[str, list[Cache]]:
         saved = 24 + 60 * len(layers) + one
         return allocation, SequencePart(Live(window=1), held_bytes=one, empty_bytes=saved)
 
-    length = shape.key_length
-    full = [layer for layer in shape.trunk if not shape.window_layers[layer]]
-    windowed = [layer for layer in shape.trunk if shape.window_layers[layer]]
-    cells = window_cells(shape.window_tokens, context)
+    # Every layer is windowed, so the window's lengths are those of what is compressed too.
+    length = shape.key_length_window
+    full = [layer for layer in shape.attention_layers if not shape.window_layers[layer]]
+    windowed = [layer for layer in shape.attention_layers if shape.window_layers[layer]]
+    cells = window_cells(shape.window_tokens, replace(context, unified=False))
     raw_swa, raw_part = raw("raw_swa", CacheKind.WINDOW, windowed, cells, window(shape))
     raw_part = replace(raw_part, empty_bytes=raw_part.empty_bytes + DSV4_STATE_HEADER)
     return "dsv4", [
         raw("raw_base", CacheKind.FULL, full, context.sequence_tokens, Live()),
         (raw_swa, raw_part),
-        compressed("csa", CacheKind.COMPRESSED, 4, length),
-        compressed("hca", CacheKind.COMPRESSED, 128, length),
-        compressed("lid", CacheKind.INDEXER, 4, indexer_length),
+        compressed("csa", CacheKind.COMPRESSED, 4, shape.k_width),
+        compressed("hca", CacheKind.COMPRESSED, 128, shape.k_width),
+        compressed("lid", CacheKind.INDEXER, 4, lambda _: indexer_length),
         state("csa_state", 4, length),
         state("hca_state", 128, length),
         state("lid_state", 4, indexer_length),

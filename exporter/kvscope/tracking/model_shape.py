@@ -107,16 +107,15 @@ class ModelShape:
     """Numbers of one model. Lists have an entry for each layer, those that predict further tokens included.
 
     trunk_layers: those of the model itself; the layers from there on predict further tokens (MTP).
-    cached_layers: so many, from the first on, own keys and values. window_tokens: None where the model has
-    no window; chunked: it begins anew every so many tokens. latent: keys alone are cached (MLA).
-    image_positions: a saved cell carries the positions of M-RoPE or of an n-gram history.
+    window_tokens: None where the model has no window; chunked: it begins anew every so many tokens. latent:
+    keys alone are cached (MLA). image_positions: a saved cell carries the positions of M-RoPE.
+    attention_layers: those that keep keys and values in the main context.
     """
 
     keys: Keys
     context_length: int
     trunk_layers: int
     layers: int
-    cached_layers: int
     kv_heads: tuple[int, ...]
     key_length: int
     value_length: int
@@ -129,11 +128,6 @@ class ModelShape:
     image_positions: bool
     attention_layers: tuple[int, ...]
     recurrent: Recurrent | None
-
-    @property
-    def trunk(self) -> tuple[int, ...]:
-        """Layers of the model itself that own keys and values."""
-        return tuple(range(min(self.trunk_layers, self.cached_layers)))
 
     @property
     def further(self) -> tuple[int, ...]:

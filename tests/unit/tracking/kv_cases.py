@@ -120,7 +120,7 @@ def _compare_cache(compare: Any, name: str, expected: Mapping[str, Any], got: An
     if "state" in expected:
         compare(f"{name} state", expected["state"], got.state_bytes)
     else:
-        rows = expected["cells"] * (1 + memory.rollback_snapshots)
+        rows = expected["cells"] * (1 + expected["n_rs_seq"])
         compare(f"{name} rows", rows, got.cells)
         compare(f"{name} parts", [expected[part] for part in "rsp"], list(got.state_parts))
 
