@@ -1,0 +1,1 @@
+"""A stand-in for NVIDIA's driver, for machines without one."""
