@@ -180,12 +180,7 @@ def test_a_saved_slot_and_its_checkpoints_have_exactly_the_predicted_bytes(sessi
         assert behind == [(tokens, memory.checkpoint_bytes(tokens)) for tokens, _ in behind]
 
 
-def test_what_the_log_says_was_allocated_is_what_is_predicted(
-    session: Session, request: pytest.FixtureRequest
-) -> None:
-    if session.memory.memory_class == "dsv4" and session.asked.unified:
-        # It has a stream a sequence even then, and no window for several of them in one stream.
-        request.applymarker(pytest.mark.xfail(reason="the window's cells are predicted as of a shared one"))
+def test_what_the_log_says_was_allocated_is_what_is_predicted(session: Session) -> None:
     memory, main = session.memory, session.log.main
     assert main is not None
     assert session.log.drafts == ()
