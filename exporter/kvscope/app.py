@@ -10,17 +10,19 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from aiohttp import web
 
 from kvscope.logs import what_and_where
+from kvscope.machine_poller import MachinePoller
 from kvscope.metrics.web import application
 from kvscope.observed.server import ServerState
 from kvscope.poller import Poller
 from kvscope.settings import ServerSettings, Settings, host_and_port, is_loopback
 from kvscope.snapshot import Board, ServerBox, Snapshot
+from kvscope.tracking.machine import ServerOnMachine
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +40,9 @@ class Watching(Protocol):
 
     async def run(self) -> None:
         """Look at one server until cancelled."""
+
+    def on_machine(self) -> ServerOnMachine:
+        """Return the server's process and its load, as they are known at present."""
 
 
 MakePoller = Callable[[ServerSettings, Settings, Callable[[ServerBox], None]], Watching]
@@ -63,12 +68,17 @@ async def serve(
         watches: list[asyncio.Task[None]] = []
         try:
             url = await _listen(runner, settings)
+            pollers = {
+                server.name: make_poller(server, settings, board.publish) for server in settings.servers
+            }
+            machine = MachinePoller(settings, board.publish_machine, lambda: _on_machine(pollers.values()))
             watches = [
-                asyncio.create_task(
-                    _watch(server, settings, board, make_poller, first_pause_seconds), name=server.name
-                )
-                for server in settings.servers
+                asyncio.create_task(_watch_server(name, poller, board, first_pause_seconds), name=name)
+                for name, poller in pollers.items()
             ]
+            watches.append(
+                asyncio.create_task(_watch("the machine", machine.run, _nothing, first_pause_seconds))
+            )
             if listening:
                 listening(url)
             await stop.wait()
@@ -81,15 +91,22 @@ async def serve(
 
 
 async def look_once(settings: Settings, *, make_poller: MakePoller = Poller) -> Snapshot:
-    """Look at every server once, all at the same time, and return what was seen."""
+    """Look at every server once, all at the same time, then at the machine; return what was seen."""
     board = Board(tuple(server.name for server in settings.servers))
-    await asyncio.gather(*(_first_look(server, settings, board, make_poller) for server in settings.servers))
+    pollers = await asyncio.gather(
+        *(_first_look(server, settings, board, make_poller) for server in settings.servers)
+    )
+    await MachinePoller(settings, board.publish_machine, lambda: _on_machine(pollers)).look_once()
     return board.snapshot()
+
+
+def _on_machine(pollers: Iterable[Watching]) -> Sequence[ServerOnMachine]:
+    return [poller.on_machine() for poller in pollers]
 
 
 async def _first_look(
     server: ServerSettings, settings: Settings, board: Board, make_poller: MakePoller
-) -> None:
+) -> Watching:
     seen: asyncio.Future[ServerBox] = asyncio.get_running_loop().create_future()
 
     def publish(box: ServerBox) -> None:
@@ -97,7 +114,8 @@ async def _first_look(
             seen.set_result(box)
 
     # run, not look_once: only run closes its connections.
-    watch = asyncio.create_task(make_poller(server, settings, publish).run())
+    poller = make_poller(server, settings, publish)
+    watch = asyncio.create_task(poller.run())
     either: set[asyncio.Future[Any]] = {watch, seen}
     await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
     watch.cancel()
@@ -111,28 +129,29 @@ async def _first_look(
             extra={"server": server.name},
         )
     board.publish(seen.result() if seen.done() else _unwatched(server.name, None))
+    return poller
+
+
+async def _watch_server(name: str, poller: Watching, board: Board, first_pause_seconds: float) -> None:
+    def failed() -> None:
+        board.publish(_unwatched(name, board.box(name)))
+
+    await _watch(f"server {name}", poller.run, failed, first_pause_seconds, server=name)
 
 
 async def _watch(
-    server: ServerSettings,
-    settings: Settings,
-    board: Board,
-    make_poller: MakePoller,
+    what: str,
+    run: Callable[[], Coroutine[Any, Any, None]],
+    failed: Callable[[], None],
     first_pause_seconds: float,
+    **extra: str,
 ) -> None:
-    """Run one server's poller; after a bug in it, run the same one again, so that its counters go on."""
-    boxes: dict[str, ServerBox] = {}
-
-    def publish(box: ServerBox) -> None:
-        boxes[box.name] = box
-        board.publish(box)
-
-    poller = make_poller(server, settings, publish)
+    """Run a poller; after a bug in it, run the same one again, so that its counters go on."""
     pause = first_pause_seconds
     while True:
         started = time.monotonic()
         try:
-            await poller.run()
+            await run()
         except Exception as error:
             reason = what_and_where(error)
         else:
@@ -140,15 +159,19 @@ async def _watch(
         if time.monotonic() - started > LONGEST_PAUSE_SECONDS:
             pause = first_pause_seconds
         log.error(
-            "server %s: its poller stopped by a fault of kvscope (%s), next try in %g s; please report it",
-            server.name,
+            "%s: its poller stopped by a fault of kvscope (%s), next try in %g s; please report it",
+            what,
             reason,
             pause,
-            extra={"server": server.name},
+            extra=extra,
         )
-        board.publish(_unwatched(server.name, boxes.get(server.name)))
+        failed()
         await asyncio.sleep(pause)
         pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
+
+
+def _nothing() -> None:
+    """The machine's readings age out by themselves."""
 
 
 def _unwatched(name: str, last: ServerBox | None) -> ServerBox:

@@ -23,13 +23,16 @@ from kvscope.observed.server import (
     Source,
     SourceAnswer,
 )
+from kvscope.own_thread import in_own_thread
 from kvscope.settings import ServerSettings, Settings
 from kvscope.snapshot import ServerBox
 from kvscope.sources.llama_server import AnswerError, Failure, LlamaServer
 from kvscope.sources.model_file import ModelFile, ModelFileError, Served
 from kvscope.sources.server_process import NotReadableError, find_server_process, is_alive, is_here
 from kvscope.tracking.history import History, advance, counters_moved, looks_restarted, of_another_process
+from kvscope.tracking.machine import ServerOnMachine
 from kvscope.tracking.publish import box, expires_at
+from kvscope.tracking.vram import ServerLoad
 from kvscope.words import Words
 
 COUNTERS_AT_LEAST_EVERY_SECONDS = 30.0
@@ -86,7 +89,7 @@ class Poller:
         self._model: ModelSeen | None = None
         self._model_of: Served | None = None
         self._model_asked_at: float | None = None
-        self._model_reading: asyncio.Task[ModelSeen | None] | None = None
+        self._model_reading: asyncio.Future[ModelSeen | None] | None = None
         self._model_problem: str | None = None
         self._here: bool | None = None
         self._failed_looks = 0
@@ -133,6 +136,22 @@ class Poller:
         self._words.tell_look(before if before.looks else None, after)
         self._tell_of_memory(after)
         return self._publish_now()
+
+    def on_machine(self) -> ServerOnMachine:
+        """Return the server's process and its load, as they are known at present."""
+        history = self._history
+        process = history.process
+        return ServerOnMachine(
+            history.name,
+            process.pid if process else None,
+            ServerLoad(
+                logged=history.logged,
+                memory=history.memory if history.memory.known else None,
+                settings=history.settings,
+                model=history.model_seen,
+                asleep=history.state is ServerState.SLEEPING,
+            ),
+        )
 
     def pause_seconds(self) -> float:
         """Return how long to wait before the next look: longer while idle, and with each failure."""
@@ -411,7 +430,7 @@ class Poller:
             self._model_asked_at = self._monotonic()
             if served != self._model_of:
                 self._model, self._model_of = None, served
-            self._model_reading = asyncio.ensure_future(asyncio.to_thread(self._model_file.read, served))
+            self._model_reading = in_own_thread(lambda: self._model_file.read(served))
         if self._model_reading is None:
             return
         done, _ = await asyncio.wait({self._model_reading}, timeout=MODEL_PATIENCE_SECONDS)

@@ -24,6 +24,7 @@ LONGEST_SOCKET_PATH_BYTES = 107
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
+GPU_BACKENDS = ("auto", "nvml", "amdgpu", "none", "pretend")
 
 _NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
@@ -71,7 +72,8 @@ class ServerSettings:
 class Settings:
     """Everything `kvscope serve` can be told.
 
-    model_path_map: (folder as servers name it, the same folder as kvscope sees it).
+    model_path_map: (folder as servers name it, the same folder as kvscope sees it). gpu: a backend's name,
+    of the pretend one with its script behind a colon.
     """
 
     servers: tuple[ServerSettings, ...] = (ServerSettings("main"),)
@@ -83,6 +85,9 @@ class Settings:
     log_level: str = "info"
     log_format: str = "text"
     model_path_map: tuple[tuple[str, str], ...] = ()
+    gpu: str = "auto"
+    gpu_interval_seconds: float = 2.0
+    gpu_pcie_throughput: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +247,16 @@ def sleep_idle_of_server(text: str) -> tuple[str | None, str | float]:
         return None, sleep_idle_setting(text)
     name, value = named_value(text, "auto|off|SECONDS")
     return name, sleep_idle_setting(value)
+
+
+def gpu_backend(text: str) -> str:
+    """Return the value of --gpu: a backend's name, for pretend with a script behind a colon."""
+    name, colon, script = text.partition(":")
+    if name not in GPU_BACKENDS or (colon and (name != "pretend" or not script)):
+        raise SettingsError(
+            f"{text!r} is no kind of GPU: write " + ", ".join(GPU_BACKENDS) + " or pretend:FILE"
+        )
+    return text
 
 
 def mapped_path(text: str) -> tuple[str, str]:

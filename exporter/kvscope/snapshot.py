@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from kvscope.observed.gpu import GpuSeen
+from kvscope.observed.host import HostSeen, ProcessMemory
 from kvscope.observed.server import Phase, ServerState
 
 SNAPSHOT_VERSION = 1
@@ -147,10 +149,44 @@ class ServerBox:
 
 
 @dataclass(frozen=True, slots=True)
+class GpuBox:
+    """One GPU as it is now, and who holds its memory.
+
+    seen: its readings; None while it is lost. budget: bytes by (kind, server), which sum to its memory;
+    the server is None for kinds that are nobody's or others'. server_bytes by server, process_bytes by
+    program, the largest. energy_joules and errors are counters: they go on while it is lost.
+    """
+
+    gpu: str
+    seen: GpuSeen | None = None
+    budget: Mapping[tuple[str, str | None], int] | None = None
+    server_bytes: Mapping[str, int] = field(default_factory=dict)
+    process_bytes: Mapping[str, int] = field(default_factory=dict)
+    energy_joules: float | None = None
+    errors: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class MachineBox:
+    """The GPUs and the memory of the machine that kvscope runs on.
+
+    server_memory by server, of those whose process is in sight. pressure_seconds is a counter.
+    """
+
+    created_at: float
+    gpus: tuple[GpuBox, ...] = ()
+    host: HostSeen | None = None
+    pressure_seconds: Mapping[str, float] | None = None
+    server_memory: Mapping[str, ProcessMemory] = field(default_factory=dict)
+    sources: Mapping[str, SourceBox] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """Everything that is known at one instant. servers in the order of the settings."""
 
     servers: tuple[ServerBox, ...] = ()
+    machine: MachineBox | None = None
 
 
 class Board:
@@ -164,6 +200,7 @@ class Board:
     def __init__(self, server_names: tuple[str, ...]) -> None:
         self._names = server_names
         self._boxes: dict[str, ServerBox] = {}
+        self._machine: MachineBox | None = None
         self.version = 0
 
     def publish(self, box: ServerBox) -> None:
@@ -171,9 +208,19 @@ class Board:
         self._boxes[box.name] = box
         self.version += 1
 
+    def publish_machine(self, box: MachineBox) -> None:
+        """Replace the box of the machine."""
+        self._machine = box
+        self.version += 1
+
     def snapshot(self) -> Snapshot:
-        """Return every server's newest box, in the order of the settings."""
-        return Snapshot(tuple(self._boxes[name] for name in self._names if name in self._boxes))
+        """Return every server's newest box, in the order of the settings, and the machine's."""
+        servers = tuple(self._boxes[name] for name in self._names if name in self._boxes)
+        return Snapshot(servers, self._machine)
+
+    def box(self, name: str) -> ServerBox | None:
+        """Return the newest box of one server; None before the first."""
+        return self._boxes.get(name)
 
     def missing(self) -> tuple[str, ...]:
         """Return the names of the servers that were not looked at yet, in the order of the settings."""

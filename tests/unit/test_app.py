@@ -18,6 +18,8 @@ from kvscope.app import CannotListen, look_once, serve
 from kvscope.observed.server import ServerState
 from kvscope.settings import ServerSettings, Settings
 from kvscope.snapshot import ServerBox
+from kvscope.tracking.machine import ServerOnMachine
+from kvscope.tracking.vram import ServerLoad
 
 Publish = Callable[[ServerBox], None]
 
@@ -33,6 +35,9 @@ class SteadyPoller:
         self.name = server.name
         self.publish = publish
         self.closed = False
+
+    def on_machine(self) -> ServerOnMachine:
+        return ServerOnMachine(self.name, None, ServerLoad())
 
     async def run(self) -> None:
         self.publish(box(self.name))
@@ -74,7 +79,7 @@ class Pollers:
 
 
 def settings(*names: str, port: int = 0) -> Settings:
-    return Settings(servers=tuple(ServerSettings(name) for name in names), listen_port=port)
+    return Settings(servers=tuple(ServerSettings(name) for name in names), listen_port=port, gpu="none")
 
 
 @asynccontextmanager

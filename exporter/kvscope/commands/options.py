@@ -171,6 +171,25 @@ def server_options(command: Command) -> Command:
             "--idle-interval", _DEFAULTS.idle_interval_seconds, "Seconds between looks at an idle server."
         ),
         click.option(
+            "--gpu",
+            envvar="KVSCOPE_GPU",
+            metavar="|".join(written.GPU_BACKENDS) + "[:FILE]",
+            type=Written("gpu", written.gpu_backend),
+            default=_DEFAULTS.gpu,
+            show_default=True,
+            help="How GPUs are read; auto takes what is there. pretend shows made-up ones by a script.",
+        ),
+        _interval(
+            "--gpu-interval", _DEFAULTS.gpu_interval_seconds, "Seconds between looks at GPUs and host."
+        ),
+        click.option(
+            "--gpu-pcie/--no-gpu-pcie",
+            envvar="KVSCOPE_GPU_PCIE",
+            default=False,
+            help="Read how much goes over PCI Express too: NVIDIA's driver takes some 40 ms for it.  "
+            "[default: off]",
+        ),
+        click.option(
             "--server-metrics/--no-server-metrics",
             envvar="KVSCOPE_SERVER_METRICS",
             default=True,
@@ -275,6 +294,9 @@ def chosen_settings(ctx: click.Context, environment: Mapping[str, str] = os.envi
         busy_interval_seconds=given["busy_interval"],
         idle_interval_seconds=given["idle_interval"],
         server_metrics=given["server_metrics"],
+        gpu=given["gpu"],
+        gpu_interval_seconds=given["gpu_interval"],
+        gpu_pcie_throughput=given["gpu_pcie"],
         log_level=given["log_level"],
         log_format=given["log_format"],
         model_path_map=tuple(given["model_path_map"]) or (file.model_path_map if file else ()),

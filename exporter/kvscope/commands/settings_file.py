@@ -21,7 +21,17 @@ from kvscope.sources.server_arguments import ArgumentsError, context_settings
 LARGEST_SETTINGS_FILE_BYTES = 1_000_000
 LARGEST_KEY_FILE_BYTES = 100_000
 
-_PLAIN_KEYS = ("listen", "busy_interval", "idle_interval", "server_metrics", "log_level", "log_format")
+_PLAIN_KEYS = (
+    "listen",
+    "busy_interval",
+    "idle_interval",
+    "gpu",
+    "gpu_interval",
+    "gpu_pcie",
+    "server_metrics",
+    "log_level",
+    "log_format",
+)
 _KEYS = (*_PLAIN_KEYS, "sleep_idle", "model_path_map", "servers")
 _SERVER_KEYS = (
     "url",
@@ -242,9 +252,11 @@ def _plain(key: str, value: object) -> object:
     """Return the value of a key that stands outside the server tables."""
     if key == "listen":
         return written.listen_address(_text(value))
-    if key in ("busy_interval", "idle_interval"):
+    if key == "gpu":
+        return written.gpu_backend(_text(value))
+    if key in ("busy_interval", "idle_interval", "gpu_interval"):
         return written.interval_seconds(_text_or_number(value))
-    if key == "server_metrics":
+    if key in ("server_metrics", "gpu_pcie"):
         if not isinstance(value, bool):
             raise SettingsError(f"{value!r} is not possible: write true or false")
         return value

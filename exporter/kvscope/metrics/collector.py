@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
 from kvscope.logs import what_and_where
-from kvscope.metrics import cache, health, memory, server, slots
+from kvscope.metrics import cache, gpu, health, memory, server, slots
 from kvscope.metrics.family import Family, Kind
 from kvscope.snapshot import HistogramCounts, Snapshot
 
@@ -27,6 +27,7 @@ SUBJECTS: tuple[tuple[str, tuple[Family, ...]], ...] = (
     ("Slots", slots.FAMILIES),
     ("What flows through the cache", cache.FAMILIES),
     ("Memory", memory.FAMILIES),
+    ("GPU", gpu.FAMILIES),
     ("The exporter itself", health.FAMILIES),
 )
 ALL_FAMILIES: tuple[Family, ...] = tuple(family for _, families in SUBJECTS for family in families)

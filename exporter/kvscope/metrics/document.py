@@ -58,6 +58,7 @@ LABELS: tuple[tuple[str, str], ...] = (
         "of tokens: `computed`; `unknown`: reused, from which tier is not known; of unattributed tokens: "
         "`computed`, `reused`, `generated`; in `kvscope_source_...` and `kvscope_poll_interval_seconds`: "
         + ", ".join(f"`{source}`" for source in Source)
+        + ", and without a server `gpu`, `host`"
         + "; in `kvscope_kv_source_info`: `setting`: given to kvscope; `log`; `process`: its command line "
         "and environment; `props`: what /props says; `default`: llama.cpp's own, as nothing else was said",
     ),
@@ -73,7 +74,8 @@ LABELS: tuple[tuple[str, str], ...] = (
         "`takeover`: another prompt took the slot; `diverged`: only the common start was kept, after an "
         "edited history, a compaction or a sub-agent with the same system prompt; `idle_clear`: the server "
         "cleared an idle slot for another task; `context_shift`: the oldest part was dropped; `erase`: a "
-        "client asked for it; `sleep`; `restart`; `unknown`: two reasons fit, or none",
+        "client asked for it; `sleep`; `restart`; `unknown`: two reasons fit, or none. "
+        "Of a GPU held back: `power`, `thermal`, `other`",
     ),
     ("kept", "whether a copy lives on: `unknown`, because polls do not tell"),
     (
@@ -82,6 +84,20 @@ LABELS: tuple[tuple[str, str], ...] = (
         "`indexer`: what sparse attention looks up; `recurrent`: state of a fixed size",
     ),
     ("device", "as llama.cpp names it; left out where only model and settings tell"),
+    ("gpu", "the GPU's index as text; `pretend0` for the pretend backend"),
+    ("uuid, name, vendor, driver", "of the GPU"),
+    ("process", "a program's name, without path and arguments"),
+    ("clock", "`graphics`, `memory`"),
+    ("direction", "`rx`: to the GPU; `tx`: from it"),
+    (
+        "kind",
+        "of a GPU's memory: `weights`, `kv`, `compute`: what the server allocated at load; "
+        "`server_rest`: what else its process holds; `server_unsplit`: of its process, and cannot be "
+        "told apart; `other_processes`; `unattributed`: in use, by whom is not readable; `reserved`; "
+        "`free`. Of a GPU's errors: `ecc_corrected`, `ecc_uncorrected`, `xid`. Of a process' memory: "
+        "`resident`, `shared`, `swapped`; of the host's: `total`, `available`, `swap_used`; of its "
+        "pressure: `some` or all (`full`) tasks waited",
+    ),
     (
         "setting",
         "`context`, `slots`, `unified`, `cache_type`, `swa_full`, `flash_attention`, `batch`: of the "

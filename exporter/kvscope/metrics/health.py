@@ -20,11 +20,15 @@ def package_version() -> str:
 
 
 def _each_source(value: Callable[[SourceBox], float | None]) -> Readings:
+    """Readings labelled server and source; those of the machine's sources have no server."""
     return lambda snapshot: (
         reading
-        for box in snapshot.servers
+        for name, box in (
+            *((server.name, server) for server in snapshot.servers),
+            *(((None, snapshot.machine),) if snapshot.machine else ()),
+        )
         for source, source_box in box.sources.items()
-        for reading in spread((box.name, source), value(source_box), box.created_at)
+        for reading in spread((name, source), value(source_box), box.created_at)
     )
 
 

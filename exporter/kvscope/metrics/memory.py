@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from kvscope.metrics.family import MODEL, SLOT, Family, Kind, Reading, Value, each_served_model, each_slot
+from kvscope.metrics.family import (
+    MODEL,
+    SLOT,
+    Family,
+    Kind,
+    Reading,
+    Value,
+    each_served_model,
+    each_slot,
+    spread,
+)
 from kvscope.snapshot import Snapshot, TierBox
 
 TIER = (*MODEL, "tier")
@@ -22,6 +32,34 @@ def _sources(snapshot: Snapshot) -> Iterator[Reading]:
     for box in snapshot.servers:
         for setting, source in (box.kv_sources or {}).items():
             yield Reading((box.name, box.model, setting, source), 1)
+
+
+def _server_memory(snapshot: Snapshot) -> Iterator[Reading]:
+    for server, memory in snapshot.machine.server_memory.items() if snapshot.machine else ():
+        kinds = {
+            "resident": memory.resident_bytes,
+            "shared": memory.shared_bytes,
+            "swapped": memory.swapped_bytes,
+        }
+        yield from (Reading((server, kind), size) for kind, size in kinds.items() if size is not None)
+
+
+def _host_memory(snapshot: Snapshot) -> Iterator[Reading]:
+    host = snapshot.machine.host if snapshot.machine else None
+    if host is None:
+        return
+    kinds = {
+        "total": host.total_bytes,
+        "available": host.available_bytes,
+        "swap_used": host.swap_used_bytes,
+    }
+    yield from (Reading((kind,), size) for kind, size in kinds.items() if size is not None)
+
+
+def _host_pressure(snapshot: Snapshot) -> Iterator[Reading]:
+    machine = snapshot.machine
+    if machine is not None:
+        yield from spread((), machine.pressure_seconds, machine.created_at)
 
 
 NEEDS = "model_file and process, or settings"
@@ -107,5 +145,29 @@ FAMILIES = (
         TIER,
         NEEDS,
         _each_tier(lambda tier: tier.limit_tokens),
+    ),
+    Family(
+        "kvscope_server_memory_bytes",
+        Kind.GAUGE,
+        "System memory of the server's process.",
+        ("server", "kind"),
+        "process and host",
+        _server_memory,
+    ),
+    Family(
+        "kvscope_host_memory_bytes",
+        Kind.GAUGE,
+        "Memory of the host.",
+        ("kind",),
+        "host",
+        _host_memory,
+    ),
+    Family(
+        "kvscope_host_pressure_seconds_total",
+        Kind.COUNTER,
+        "Time in which some or all tasks of the host waited for memory (as the kernel's PSI has it).",
+        ("kind",),
+        "host, of a kernel with PSI",
+        _host_pressure,
     ),
 )

@@ -54,7 +54,7 @@ FAMILIES = (
     Family(
         "kvscope_server_info",
         Kind.INFO,
-        "What the server runs, always 1: the model's name, llama.cpp's build and the weights' type.",
+        "What the server runs, always 1: model, architecture, type of weights and llama.cpp's build.",
         (*MODEL, "build", "ftype", "architecture"),
         "props",
         _information,

@@ -111,9 +111,17 @@ class History:
     @property
     def kv_unified(self) -> bool | None:
         """Whether all slots share one pool; None while nothing tells."""
-        if self.given is not None or self.process is not None:
-            return unified(joined(("setting", self.given), ("process", self._process_settings))[0])
+        settings = self.settings
+        if settings is not None:
+            return unified(settings)
         return False if self.slots_proved_separate else None
+
+    @property
+    def settings(self) -> ContextSettings | None:
+        """What user and process say of the context together; None where neither can be read."""
+        if self.given is None and self.process is None:
+            return None
+        return joined(("setting", self.given), ("process", self._process_settings))[0]
 
     @property
     def _process_settings(self) -> ContextSettings | None:

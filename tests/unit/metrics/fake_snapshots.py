@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from kvscope.observed.gpu import GpuSeen
+from kvscope.observed.host import HostSeen, ProcessMemory
 from kvscope.observed.server import Phase, ServerState, Source
 from kvscope.snapshot import (
     EvictionCount,
+    GpuBox,
     HistogramCounts,
+    MachineBox,
     ModelCounts,
     ServerBox,
     SlotBox,
@@ -110,7 +114,57 @@ def full_snapshot() -> Snapshot:
             full_box(),
             replace(changed, counts=(full_counts("small", 4), full_counts("large", 2, FIRST_LOOK + 500))),
             unreachable_box(),
-        )
+        ),
+        full_machine(),
+    )
+
+
+def full_machine() -> MachineBox:
+    """A card with everything, and one that is lost."""
+    seen = GpuSeen(
+        gpu="0",
+        uuid="GPU-1",
+        name="RTX 4090",
+        vendor="nvidia",
+        driver="580.65",
+        pci_id="0000:01:00.0",
+        memory_total_bytes=24 * 2**30,
+        memory_used_bytes=20 * 2**30,
+        memory_free_bytes=3 * 2**30,
+        memory_reserved_bytes=2**30,
+        gtt_total_bytes=8 * 2**30,
+        gtt_used_bytes=2**20,
+        utilization_ratio=0.5,
+        memory_bandwidth_utilization_ratio=0.25,
+        power_watts=300.0,
+        power_limit_watts=450.0,
+        temperature_celsius=61.0,
+        clocks_hertz={"graphics": 2_500_000_000},
+        pcie_bytes_per_second={"rx": 1e6, "tx": 2e6},
+        throttled={"power": True, "thermal": False, "other": False},
+    )
+    return MachineBox(
+        created_at=FIRST_LOOK,
+        gpus=(
+            GpuBox(
+                gpu="0",
+                seen=seen,
+                budget={
+                    ("weights", "main"): 14 * 2**30,
+                    ("free", None): 3 * 2**30,
+                    ("reserved", None): 2**30,
+                },
+                server_bytes={"main": 18 * 2**30},
+                process_bytes={"llama-server": 18 * 2**30, "firefox": 2 * 2**30},
+                energy_joules=1234.5,
+                errors={"ecc_corrected": 1, "xid": 0},
+            ),
+            GpuBox(gpu="1", energy_joules=99.0),
+        ),
+        host=HostSeen(total_bytes=64 * 2**30, available_bytes=32 * 2**30, swap_used_bytes=0),
+        pressure_seconds={"some": 1.5, "full": 0.25},
+        server_memory={"main": ProcessMemory(2**30, 2**20, 0)},
+        sources={source: SourceBox(True, 0, FIRST_LOOK + 60, 0.01, 2.0) for source in ("gpu", "host")},
     )
 
 

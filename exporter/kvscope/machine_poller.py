@@ -1,0 +1,195 @@
+"""Looks at the machine's GPUs and memory again and again, and publishes the machine's box."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from kvscope.observed.gpu import GpuReading
+from kvscope.observed.host import HostSeen, ProcessMemory
+from kvscope.own_thread import in_own_thread
+from kvscope.settings import Settings
+from kvscope.snapshot import MachineBox
+from kvscope.sources.allocation_lines import parse_allocation
+from kvscope.sources.gpu import open_backends
+from kvscope.sources.gpu.backend import GpuBackend, GpuOptions
+from kvscope.sources.host import read_host, read_process_memory
+from kvscope.tracking.machine import (
+    MachineHistory,
+    MachineLook,
+    ServerOnMachine,
+    advance,
+    box,
+    expires_at,
+)
+
+log = logging.getLogger(__name__)
+
+OPEN_AGAIN_EVERY_SECONDS = 60.0
+"""A driver that is not there yet may be loaded later."""
+
+
+class MachinePoller:
+    """Watches the machine: asynchronous, with each source in a thread of its own.
+
+    publish is called with the machine's box after each look, and again when a reading ages out. servers:
+    what is known at present of the processes of watched servers.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        publish: Callable[[MachineBox], None],
+        servers: Callable[[], Sequence[ServerOnMachine]],
+        *,
+        open_gpus: Callable[[str, GpuOptions], tuple[Sequence[GpuBackend], str | None]] = open_backends,
+        host: Callable[[], HostSeen] = read_host,
+        process_memory: Callable[[int], ProcessMemory] = read_process_memory,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._settings = settings
+        self._publish = publish
+        self._servers = servers
+        self._open_gpus = open_gpus
+        self._host = host
+        self._process_memory = process_memory
+        self._clock = clock
+        self._monotonic = monotonic
+        self._history = MachineHistory(settings.gpu_interval_seconds)
+        self._backends: Sequence[GpuBackend] = ()
+        self._opened_at: float | None = None
+        self._pids: Mapping[str, int] = {}
+        self._gpu_reading: asyncio.Future[Sequence[GpuReading]] | None = None
+        self._gpu_began = 0.0
+        self._host_reading: asyncio.Future[tuple[HostSeen, Mapping[str, ProcessMemory]]] | None = None
+        self._host_began = 0.0
+        self._missing: str | None = None
+        self._told: set[str] = set()
+        self._aging: asyncio.TimerHandle | None = None
+
+    async def run(self) -> None:
+        """Look for ever; cancel to stop. Lets go of the drivers at the end."""
+        try:
+            while True:
+                began = self._monotonic()
+                await self.look_once()
+                spent = self._monotonic() - began
+                await asyncio.sleep(max(0.0, self._settings.gpu_interval_seconds - spent))
+        finally:
+            if self._aging is not None:
+                self._aging.cancel()
+            if self._gpu_reading is None:
+                for backend in self._backends:
+                    backend.close()
+
+    async def look_once(self) -> MachineBox:
+        """Look once at GPUs and host, publish the machine's box and return it."""
+        servers = self._servers()
+        self._pids = {each.server: each.pid for each in servers if each.pid is not None}
+        if self._settings.gpu != "none" and self._gpu_reading is None:
+            self._gpu_began = self._monotonic()
+            self._gpu_reading = in_own_thread(self._read_gpus)
+        if self._host_reading is None:
+            self._host_began = self._monotonic()
+            self._host_reading = in_own_thread(self._read_host)
+        readings = {each for each in (self._gpu_reading, self._host_reading) if each is not None}
+        await asyncio.wait(readings, timeout=self._settings.gpu_interval_seconds)
+        if self._gpu_reading is not None:
+            self._take_gpus(self._gpu_reading, servers)
+        self._take_host(self._host_reading)
+        return self._publish_now()
+
+    # --- in threads of their own ------------------------------------------------------------------
+
+    def _read_gpus(self) -> Sequence[GpuReading]:
+        if not self._backends:
+            now = self._monotonic()
+            if self._opened_at is None or now - self._opened_at >= OPEN_AGAIN_EVERY_SECONDS:
+                self._opened_at = now
+                options = GpuOptions(
+                    pcie_throughput=self._settings.gpu_pcie_throughput,
+                    server_pids=lambda: self._pids,
+                )
+                self._backends, self._missing = self._open_gpus(self._settings.gpu, options)
+        return [backend.look() for backend in self._backends]
+
+    def _read_host(self) -> tuple[HostSeen, Mapping[str, ProcessMemory]]:
+        return self._host(), {name: self._process_memory(pid) for name, pid in self._pids.items()}
+
+    # --- what became of them ----------------------------------------------------------------------
+
+    def _take_gpus(
+        self, reading: asyncio.Future[Sequence[GpuReading]], servers: Sequence[ServerOnMachine]
+    ) -> None:
+        took = self._monotonic() - self._gpu_began
+        if not reading.done():
+            self._advance(MachineLook(self._clock(), self._monotonic(), "gpu", took, problem=_late("GPUs")))
+            return
+        self._gpu_reading = None
+        readings = reading.result()
+        missing = self._missing
+        if missing is not None and self._settings.gpu == "auto":
+            self._tell(logging.INFO, missing)  # most machines have none: no failure of a source
+            return
+        problems = [problem for each in readings for problem in each.problems]
+        problems += [missing] if missing is not None else []
+        lines = {server: lines for each in readings for server, lines in each.load_lines.items()}
+        self._advance(
+            MachineLook(
+                self._clock(),
+                self._monotonic(),
+                "gpu",
+                took,
+                gpus=GpuReading(tuple(gpu for each in readings for gpu in each.gpus)),
+                servers=[_with_load(each, lines.get(each.server)) for each in servers],
+                problem="; ".join(problems) or None,
+            )
+        )
+
+    def _take_host(self, reading: asyncio.Future[tuple[HostSeen, Mapping[str, ProcessMemory]]]) -> None:
+        took = self._monotonic() - self._host_began
+        at, monotonic = self._clock(), self._monotonic()
+        if not reading.done():
+            self._advance(MachineLook(at, monotonic, "host", took, problem=_late("memory")))
+            return
+        self._host_reading = None
+        host, memory = reading.result()
+        self._advance(MachineLook(at, monotonic, "host", took, host=host, server_memory=memory))
+
+    def _advance(self, look: MachineLook) -> None:
+        if look.problem is not None:
+            self._tell(logging.WARNING, look.problem)
+        self._history = advance(self._history, look)
+
+    def _tell(self, level: int, words: str) -> None:
+        if words not in self._told:
+            self._told.add(words)
+            log.log(level, "%s", words)
+
+    def _publish_now(self) -> MachineBox:
+        now = self._monotonic()
+        published = box(self._history, now)
+        self._publish(published)
+        if self._aging is not None:
+            self._aging.cancel()
+        expiry = expires_at(self._history, now)
+        if expiry is not None:
+            self._aging = asyncio.get_running_loop().call_later(expiry - now + 0.01, self._publish_now)
+        return published
+
+
+def _late(what: str) -> str:
+    return f"the machine's {what} cannot be read in time: figures are left out until it answers"
+
+
+def _with_load(server: ServerOnMachine, lines: Sequence[str] | None) -> ServerOnMachine:
+    """The pretend backend brings its servers' load lines along."""
+    return (
+        server
+        if lines is None
+        else replace(server, load=replace(server.load, logged=parse_allocation(lines)))
+    )
