@@ -24,11 +24,11 @@ class GpuProcess:
 class GpuSeen:
     """One GPU.
 
-    gpu: the label: its index as text, `pretend0` for the pretend backend. pci_id: as
-    0000:01:00.0, in lower case. memory_*: bytes of the card's own memory; gtt_*: system memory that it may
-    map. unified: its memory is a share of the system's (an APU). processes: None where none can be read;
-    processes_complete: whether everybody who holds memory is among them. clocks_hertz by graphics and
-    memory, pcie_bytes_per_second by rx and tx, throttled by power, thermal and other, errors by
+    gpu: the label: its index as text, `pretend0` for the pretend backend. vendor: NVIDIA, AMD or pretend.
+    pci_id: as 0000:01:00.0, in lower case. memory_*: bytes of the card's own memory; gtt_*: system memory
+    that it may map. unified: its memory is a share of the system's (an APU). processes: None where none can
+    be read; processes_complete: whether everybody who holds memory is among them. clocks_hertz by graphics
+    and memory, pcie_bytes_per_second by rx and tx, throttled by power, thermal and other, errors by
     ecc_corrected, ecc_uncorrected and xid.
     """
 

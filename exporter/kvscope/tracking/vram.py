@@ -5,7 +5,8 @@ A part is a kind and, for the kinds of a server, its name:
 - weights, kv, compute: what a server allocated on this GPU when it loaded its model;
 - server_rest: what else its process holds (the driver's context, pictures' projector, adapters);
 - server_unsplit: memory of its process that cannot be told apart;
-- other_processes: visible processes that are no watched server;
+- other_processes: processes that are no watched server; one without pid and name is out of sight and
+  may be one;
 - unattributed: not free, and by whom it is held cannot be read;
 - reserved: kept back by driver and firmware; free.
 
@@ -124,8 +125,8 @@ def budget(gpu: GpuSeen, claims: Sequence[ServerClaim]) -> Budget | None:
             left -= given
             for kind, part in _split(claim.sizes, given, given < size).items():
                 parts[kind, claim.server] += part
-    others = [size for pid, size in held.by_pid.items() if pid not in owners] + list(held.without_pid)
-    if held.told and (not others or any(size is not None for size in others)):
+    others = [size for pid, size in held.by_pid.items() if pid not in owners] + list(held.named)
+    if any(size is not None for size in others) or (held.complete and not others):
         parts["other_processes", None] = min(left, sum(size or 0 for size in others))
         left -= parts["other_processes", None]
     for claim in owners.values():
@@ -247,11 +248,10 @@ def _pool(gpu: GpuSeen, own: int | None, mapped: int | None) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """Bytes by process. told: whether any process can be read at all; complete: whether all can."""
+    """Bytes by process; named: of those of which the name alone is known. complete: there are no more."""
 
     by_pid: Mapping[int | None, int | None]
-    without_pid: tuple[int | None, ...]
-    told: bool
+    named: tuple[int | None, ...]
     complete: bool
 
     def may_hide(self, pid: int | None) -> bool:
@@ -261,17 +261,20 @@ class _Held:
 
 def _held(gpu: GpuSeen) -> _Held:
     by_pid: dict[int | None, int | None] = {}
-    without_pid = []
+    named = []
+    nameless = False
     for process in gpu.processes or ():
         size = _process_bytes(gpu, process)
-        if process.pid is None:
-            without_pid.append(size)
-            continue
-        # Twice (once for computing, once for drawing) it is told the same figure.
-        sizes = [each for each in (by_pid.get(process.pid), size) if each is not None]
-        by_pid[process.pid] = max(sizes, default=None)
-    complete = gpu.processes is not None and gpu.processes_complete
-    return _Held(by_pid, tuple(without_pid), gpu.processes is not None, complete)
+        if process.pid is not None:
+            # Twice (once for computing, once for drawing) it is told the same figure.
+            sizes = [each for each in (by_pid.get(process.pid), size) if each is not None]
+            by_pid[process.pid] = max(sizes, default=None)
+        elif process.name:
+            named.append(size)
+        else:
+            nameless = True
+    complete = gpu.processes is not None and gpu.processes_complete and not nameless
+    return _Held(by_pid, tuple(named), complete)
 
 
 def _process_bytes(gpu: GpuSeen, process: GpuProcess) -> int | None:
@@ -330,14 +333,14 @@ class _Places:
             owners = [gpu.gpu for gpu in self._gpus if gpu.pci_id == pci_id]
             unknown = any(gpu.pci_id is None for gpu in self._gpus)
             return owners == [self._gpu.gpu] if len(owners) == 1 or not (owners or unknown) else None
+        vendors = [(gpu.vendor or "").lower() for gpu in self._gpus]
         vendor = _VENDORS.get(found["kind"])
-        if vendor is None or any(gpu.vendor is None for gpu in self._gpus):
+        if vendor is None or not set(vendors) <= set(_VENDORS.values()):
             return None
-        if self._gpu.vendor != vendor:
+        if (self._gpu.vendor or "").lower() != vendor:
             return False
-        cards = [gpu for gpu in self._gpus if gpu.vendor == vendor]
         siblings = [device for kind, device in self._devices if kind == found["kind"]]
-        return True if len(cards) == len(siblings) == 1 else None
+        return True if vendors.count(vendor) == len(siblings) == 1 else None
 
 
 def _kv_by_formula(gpu: GpuSeen, gpus: Sequence[GpuSeen], pid: int | None, load: ServerLoad) -> int | None:

@@ -28,7 +28,7 @@ from kvscope.tracking.vram import (
 MIB = 2**20
 CARD = GpuSeen(
     "0",
-    vendor="nvidia",
+    vendor="NVIDIA",
     pci_id="0000:01:00.0",
     memory_total_bytes=1000,
     memory_used_bytes=600,
@@ -82,8 +82,17 @@ def test_a_process_out_of_sight_is_unattributed() -> None:
         "reserved": 20,
         "free": 380,
     }
-    another_namespace = replace(CARD, processes=(GpuProcess(None, None, 500),))
-    assert parts(another_namespace, MAIN)["other_processes"] == 500
+    named = replace(CARD, processes=(GpuProcess(None, None, 500), GpuProcess(None, "game", 60)))
+    split = parts(named, ServerClaim("main", None, SIZES))
+    assert (split["other_processes"], split["unattributed"]) == (60, 540)
+
+
+def test_a_server_among_processes_of_another_namespace_has_what_its_log_says() -> None:
+    """NVML lists the host's pids; kvscope and the server share a container without `pid: host`."""
+    outside = replace(CARD, processes=(GpuProcess(None, None, 500),))
+    split = parts(outside, MAIN)
+    assert (split["weights main"], split["unattributed"]) == (300, 130)
+    assert "other_processes" not in split
 
 
 def test_a_local_server_whose_memory_cannot_be_read_has_what_its_log_says() -> None:
@@ -175,7 +184,7 @@ def test_without_total_or_use_there_is_no_budget(gpu: GpuSeen) -> None:
 def test_a_unified_gpu_is_judged_on_vram_and_gtt() -> None:
     apu = GpuSeen(
         "0",
-        vendor="amd",
+        vendor="AMD",
         memory_total_bytes=100,
         memory_used_bytes=90,
         memory_free_bytes=10,
@@ -319,13 +328,22 @@ WITHOUT_IDS = LOAD.replace(" (0000:41:00.0)", "").replace(" (0000:01:00.0)", "")
 ONE_DEVICE = "\n".join(line for line in WITHOUT_IDS.splitlines() if "CUDA1" not in line)
 
 
+def test_programs_are_told_to_hold_nothing_only_where_all_can_be_seen() -> None:
+    alone = replace(CARD, processes=(GpuProcess(7, "llama-server", 500),))
+    assert parts(alone, MAIN)["other_processes"] == 0
+    assert "other_processes" not in parts(replace(alone, processes_complete=False), MAIN)
+
+
 def test_without_pci_ids_only_a_single_device_of_a_single_gpu_is_certain() -> None:
     assert mebibytes(server_sizes_on(FIRST, (FIRST,), 7, logged(ONE_DEVICE))) == (4000, 400, 200)
     assert server_sizes_on(FIRST, (FIRST, SECOND), 7, logged(ONE_DEVICE)) == ServerSizes()
     assert server_sizes_on(FIRST, (FIRST,), 7, logged(WITHOUT_IDS)) == ServerSizes()
-    radeon = replace(SECOND, vendor="amd")
+    radeon = replace(SECOND, vendor="AMD")
     assert mebibytes(server_sizes_on(FIRST, (FIRST, radeon), 7, logged(ONE_DEVICE))) == (4000, 400, 200)
     assert server_sizes_on(radeon, (FIRST, radeon), 7, logged(ONE_DEVICE)) == ServerSizes(0, 0, 0)
+    for vendor in (None, "pretend"):
+        unknown = replace(FIRST, vendor=vendor)
+        assert server_sizes_on(unknown, (unknown,), 7, logged(ONE_DEVICE)) == ServerSizes()
     # Vulkan0 may be any card, a built-in one of a third vendor too.
     vulkan = logged(ONE_DEVICE.replace("CUDA", "Vulkan"))
     assert server_sizes_on(FIRST, (FIRST,), 7, vulkan) == ServerSizes()
