@@ -175,13 +175,14 @@ __attribute__((constructor)) static void loaded(void)
 
 /* --- starting, handles --- */
 
-static int started;
+static int started, starts;
 static unsigned int generation;
 static int open_sets;
 static int set_device[SETS];
 static int sets;
 
-/* How often NVML is started, and how many event sets are open. */
+/* How often NVML was started, how often it is now, and how many event sets are open. */
+int stand_in_starts(void) { return starts; }
 int stand_in_started(void) { return started; }
 int stand_in_open_sets(void) { return open_sets; }
 
@@ -265,6 +266,7 @@ result nvmlInitWithFlags(unsigned int flags)
 {
     (void)flags;
     read_file();
+    starts++;
     result result = error_in(find("nvmlInitWithFlags", -1));
     if (result)
         return result;

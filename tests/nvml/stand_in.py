@@ -31,8 +31,13 @@ class StandIn:
 
     def script(self, lines: Lines) -> None:
         """Have the driver answer so from now on."""
-        if self._library.stand_in_script(text(lines).encode()) < 0:
+        if self._library.stand_in_script(text(lines).encode(errors="surrogateescape")) < 0:
             raise ValueError("the stand-in cannot read its script")
+
+    @property
+    def starts(self) -> int:
+        """How often NVML was started, with or without success."""
+        return int(self._library.stand_in_starts())
 
     @property
     def started(self) -> int:

@@ -236,10 +236,11 @@ class NvmlBackend:
         instances = mode is not None and mode[0] == pynvml.NVML_DEVICE_MIG_ENABLE
         utilization = device.ask(("nvmlDeviceGetUtilizationRates",))
         energy = device.ask(("nvmlDeviceGetTotalEnergyConsumption",))
+        # What is at this place on the bus is then an instance, not the card without memory.
+        memory = {"pci_id": None} if instances else self._memory(device, listed)
         yield GpuSeen(
             gpu=str(gpu.index),
-            **card,
-            **({} if instances else self._memory(device, listed)),
+            **card | memory,
             utilization_ratio=None if utilization is None else utilization.gpu / 100,
             memory_bandwidth_utilization_ratio=None if utilization is None else utilization.memory / 100,
             power_watts=_thousandths(device.ask(("nvmlDeviceGetPowerUsage",))),
