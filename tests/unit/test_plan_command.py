@@ -13,7 +13,9 @@ import pytest
 from tests.gguf_files import header, number, split_keys, string, tensor, write, write_parts
 
 from kvscope import cli
+from kvscope.commands import plan
 from kvscope.commands.plan import size_in_bytes
+from kvscope.observed.gpu import GpuReading, GpuSeen
 from kvscope.settings import SettingsError
 from kvscope.sources.known_models import known_models
 
@@ -26,6 +28,7 @@ Run = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plan, "open_backends", lambda *_: ((), "no GPU is watched"))
     for variable in ("COLUMNS", "FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE"):
         monkeypatch.delenv(variable, raising=False)
 
@@ -293,3 +296,41 @@ def test_help_shows_examples_that_can_be_typed(run: Run) -> None:
     assert examples
     for example in examples:
         assert run(*example)[0] == 0
+
+
+def test_without_vram_the_largest_gpu_of_the_machine_is_taken_and_said_to_be(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Gpus:
+        name = "two"
+
+        def look(self) -> GpuReading:
+            small, large = GpuSeen("0", memory_total_bytes=8 * GIB), GpuSeen("1", memory_total_bytes=16 * GIB)
+            return GpuReading((small, large, GpuSeen("2")))
+
+        def close(self) -> None:
+            closed.append(self.name)
+
+    closed: list[str] = []
+    monkeypatch.setattr(plan, "open_backends", lambda *_: ((Gpus(),), None))
+    code, out, _ = run(*GEMMA, "-c", "131072", "-np", "1")
+    assert code == 0
+    assert "GPU 16.00 GiB" in out
+    assert "largest GPU of this machine" in out
+    assert closed == ["two"]
+    assert "largest GPU" not in run(*GEMMA, "--vram", "16GiB")[1]
+
+
+def test_an_apus_memory_is_what_the_system_lets_it_have(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Apu:
+        name = "apu"
+
+        def look(self) -> GpuReading:
+            own = GpuSeen("0", memory_total_bytes=GIB, gtt_total_bytes=63 * GIB, unified=True)
+            return GpuReading((own,))
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(plan, "open_backends", lambda *_: ((Apu(),), None))
+    assert "GPU 64.00 GiB" in run(*GEMMA, "-c", "131072", "-np", "1")[1]

@@ -163,6 +163,7 @@ async def _export(url: str, screen: Screen, stop: asyncio.Event) -> None:
     settings = Settings(
         servers=(ServerSettings(SERVER_NAME, url=url, sleep_idle="off"),),
         idle_interval_seconds=IDLE_LOOK_SECONDS,
+        gpu="pretend",
     )
 
     def make_poller(

@@ -17,6 +17,8 @@ from kvscope.observed.model import ModelHeader
 from kvscope.planned import PLAN_VERSION, Plan
 from kvscope.settings import SettingsError
 from kvscope.sources.gguf_header import HeaderError, has_weights, open_regular, read_header
+from kvscope.sources.gpu import open_backends
+from kvscope.sources.gpu.backend import GpuOptions
 from kvscope.sources.known_models import known_models
 from kvscope.sources.model_shape import ShapeFileError, read_shape, shape_document
 from kvscope.sources.server_arguments import ArgumentsError, context_settings
@@ -55,8 +57,22 @@ def size_in_bytes(text: str) -> int:
 
 
 def find_gpu_memory() -> int | None:
-    """Return the bytes of memory of the GPU in this machine; None: none is found. No GPU is read yet."""
-    return None
+    """Return the bytes of memory of this machine's largest GPU; None: none is found.
+
+    Of one that shares the system's memory, what the system lets it have altogether.
+    """
+    backends, _ = open_backends("auto", GpuOptions())
+    try:
+        gpus = [gpu for backend in backends for gpu in backend.look().gpus]
+    finally:
+        for backend in backends:
+            backend.close()
+    sizes = [
+        gpu.memory_total_bytes + (gpu.gtt_total_bytes or 0 if gpu.unified else 0)
+        for gpu in gpus
+        if gpu.memory_total_bytes
+    ]
+    return max(sizes, default=None)
 
 
 _SIZE = Written("size", size_in_bytes)
@@ -66,7 +82,12 @@ _SIZE = Written("size", size_in_bytes)
 @click.argument("file", metavar="[MODEL.gguf|SHAPE.json]", required=False)
 @click.option("--model", metavar="ID", help="A well-known model instead of a file; a wrong ID lists them.")
 @click.option("--weights", type=_SIZE, metavar="SIZE", help="Of the weights.  [default: the file's size]")
-@click.option("--vram", type=_SIZE, metavar="SIZE", help="Memory of the GPU: says what fits into it.")
+@click.option(
+    "--vram",
+    type=_SIZE,
+    metavar="SIZE",
+    help="Memory of the GPU: says what fits into it.  [default: the largest GPU of this machine]",
+)
 @click.option("--reserve", type=_SIZE, metavar="SIZE", default=0, help="Of it, keep so much free.")
 @click.option(
     "-c",
@@ -116,6 +137,7 @@ def plan_command(
         sizes = tuple(_context_sizes(contexts))
     except ArgumentsError as error:
         raise SettingsError(str(error)) from None
+    found = find_gpu_memory() if vram is None else None
     question = Question(
         header=header,
         name=name,
@@ -123,7 +145,8 @@ def plan_command(
         settings=settings,
         context_tokens=sizes,
         weights_bytes=weights,
-        vram_bytes=find_gpu_memory() if vram is None else vram,
+        vram_bytes=found if vram is None else vram,
+        vram_found=vram is None,
         reserve_bytes=reserve,
         list_date=list_date,
     )

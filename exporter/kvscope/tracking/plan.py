@@ -71,6 +71,7 @@ class Question:
     context_tokens: Sequence[int] = ()
     weights_bytes: int | None = None
     vram_bytes: int | None = None
+    vram_found: bool = False
     reserve_bytes: int = 0
     list_date: str | None = None
 
@@ -344,6 +345,8 @@ def _notes(
         yield (
             f"-kvu: {slots} slots share one pool; each may hold up to the whole context, together no more."
         )
+    if question.vram_found and question.vram_bytes is not None:
+        yield "--vram is not given: the memory is that of the largest GPU of this machine, all of it."
     if weights is None:
         yield (
             "KV only: the size of the weights is not known, and no figure contains them. Add them with "
