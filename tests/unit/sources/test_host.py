@@ -30,6 +30,7 @@ Buffers:               0 kB
 Cached:          4096000 kB
 Active:          4096000 kB
 Inactive:        4096000 kB
+Shmem:            102400 kB
 SwapTotal:       8192000 kB
 SwapFree:        6144000 kB
 """

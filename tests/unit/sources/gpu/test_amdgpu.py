@@ -152,6 +152,18 @@ def test_an_apu_is_unified_and_its_memory_lies_in_gtt(apu: Path) -> None:
     )
 
 
+def test_links_in_place_of_folders_as_real_machines_have_them_change_nothing(discrete: Path) -> None:
+    whole = opened(TREES / "rx-9070-xt").look()
+    bus = discrete / "sys/devices/pci0000:00/0000:03:00.0"
+    bus.parent.mkdir(parents=True)
+    (discrete / CARD).rename(bus)
+    (discrete / CARD).parent.rmdir()
+    (bus / "drm/card1").mkdir(parents=True)
+    (bus / "drm/card1/device").symlink_to("../../../0000:03:00.0")
+    (discrete / "sys/class/drm/card1").symlink_to("../../devices/pci0000:00/0000:03:00.0/drm/card1")
+    assert opened(discrete).look() == whole
+
+
 def test_a_machine_without_a_card_of_this_driver_has_no_such_backend(discrete: Path, tmp_path: Path) -> None:
     with pytest.raises(BackendMissingError, match="amdgpu"):
         opened(tmp_path / "empty")
@@ -256,6 +268,13 @@ def test_without_a_sensor_of_the_clock_the_starred_line_of_the_table_counts(disc
     (discrete / CARD / "pp_dpm_sclk").write_text("S: 19Mhz *\n0: 500Mhz\n1: 3450Mhz\n")
     (discrete / CARD / "pp_dpm_mclk").write_text("0: 96Mhz\n1: 1258Mhz\n")  # none starred
     assert only_gpu(opened(discrete).look()).clocks_hertz == {"graphics": 19_000_000}
+
+
+def test_an_empty_id_and_a_name_that_is_no_name_are_left_out(discrete: Path) -> None:
+    (discrete / CARD / "unique_id").write_text("0000000000000000\n")
+    (discrete / CARD / "product_name").write_text("x" * 1000)
+    seen = only_gpu(opened(discrete).look())
+    assert (seen.uuid, seen.name) == (None, "AMD Radeon RX 9070 XT")
 
 
 def test_power_and_temperature_come_from_the_second_file_where_only_that_is_there(discrete: Path) -> None:
@@ -498,6 +517,11 @@ def test_what_one_process_holds_of_two_cards_is_told_apart(discrete: Path) -> No
     first, second = opened(discrete).look().gpus
     assert held(first)[2117].memory_bytes == 8 * GIB + 2 * MIB
     assert held(second) == {2117: GpuProcess(2117, "llama-server", MIB, 0)}
+
+
+def test_only_files_of_the_gpus_own_folder_are_looked_into(discrete: Path) -> None:
+    (discrete / "proc/3200/fdinfo/0").write_text(client(77, 1024))  # open on /dev/null
+    assert 3200 not in held(only_gpu(opened(discrete).look()))
 
 
 def test_memory_that_kfd_and_the_file_both_tell_counts_once(discrete: Path) -> None:
