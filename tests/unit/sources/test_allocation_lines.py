@@ -173,6 +173,37 @@ def test_older_spellings_and_several_devices() -> None:
     assert cache.types == {"K": "q8_0", "V": "q8_0"}
 
 
+USING_TWO = [
+    "llama_prepare_model_devices: using device CUDA0 (NVIDIA RTX 4090) (0000:C1:00.0) - 23000 MiB free",
+    "llama_prepare_model_devices: using device CUDA1 (NVIDIA 6000 (Ada)) (0000:01:00.0) - 47000 MiB free",
+]
+USING_ONE = [
+    "llama_model_load_from_file_impl: using device Vulkan0 (AMD Radeon (RADV)) (unknown id) - 900 MiB free"
+]
+LOADED = [
+    "llama_context: constructing llama_context",
+    "sched_reserve:      CUDA0 compute buffer size =   200.00 MiB",
+]
+MODEL = ["llama_model_loader: loaded meta data with 23 key-value pairs"]
+
+
+def test_the_devices_of_a_model_are_told_with_their_pci_ids_whether_before_or_after_its_header() -> None:
+    ids = {"CUDA0": "0000:c1:00.0", "CUDA1": "0000:01:00.0"}
+    for lines in (MODEL + USING_TWO + LOADED, USING_TWO + MODEL + LOADED):
+        main = parse_allocation(lines).main
+        assert main is not None
+        assert main.devices == ids
+    for lines in (MODEL + USING_ONE + LOADED, USING_ONE + MODEL + LOADED):
+        after_another = parse_allocation(MODEL + USING_TWO + LOADED + lines).main
+        assert after_another is not None
+        assert after_another.devices == {"Vulkan0": None}
+    # Builds before September 2025 print no id.
+    without = "llama_model_load_from_file_impl: using device CUDA0 (Tesla P40) - 24290 MiB free"
+    older = parse_allocation([without, *MODEL, *LOADED]).main
+    assert older is not None
+    assert older.devices == {"CUDA0": None}
+
+
 def test_what_is_quoted_is_never_taken_for_a_line() -> None:
     said = [f"0.01.000.000 D slot: next token: 12 '{line}'" for line in log("hybrid_default")]
     assert parse_allocation(log("window_separate") + said) == parse_allocation(log("window_separate"))

@@ -65,6 +65,8 @@ def test_a_servers_memory_is_split_and_the_rest_of_the_card_told() -> None:
 def test_what_cannot_be_told_apart_stays_together() -> None:
     split = parts(CARD, ServerClaim("main", 7, ServerSizes(kv=120)))
     assert (split["kv main"], split["server_unsplit main"]) == (120, 380)
+    split = parts(CARD, ServerClaim("main", 7, replace(SIZES, compute=None)))
+    assert (split["weights main"], split["kv main"], split["server_unsplit main"]) == (300, 120, 80)
     assert "server_rest main" not in split
     assert parts(CARD, ServerClaim("main", 7))["server_unsplit main"] == 500
 
@@ -112,6 +114,24 @@ def test_a_local_server_whose_memory_cannot_be_read_has_what_its_log_says() -> N
 
 def test_a_server_that_holds_nothing_of_the_card_has_no_part() -> None:
     assert not [name for name in parts(CARD, ServerClaim("elsewhere", 99, SIZES)) if "elsewhere" in name]
+
+
+def test_a_log_that_contradicts_the_list_of_all_processes_is_not_believed() -> None:
+    without = replace(CARD, processes=(GpuProcess(8, "firefox", 60),))
+    assert parts(without, MAIN) == {
+        "other_processes": 60,
+        "unattributed": 540,
+        "reserved": 20,
+        "free": 380,
+    }
+
+
+def test_a_size_below_nothing_is_not_believed() -> None:
+    unread = replace(CARD, processes=(GpuProcess(7),))
+    for gpu, kind in ((unread, "unattributed"), (CARD, "server_unsplit main")):
+        split = parts(gpu, ServerClaim("main", 7, replace(SIZES, kv=-1)))
+        assert kind in split
+        assert "kv main" not in split
 
 
 def test_several_servers_on_one_card() -> None:
@@ -362,6 +382,29 @@ def test_a_draft_models_buffers_count_too() -> None:
     both_sizes = server_sizes_on(SECOND, (FIRST, SECOND), 7, logged(both))
     assert mebibytes(both_sizes) == (4000, 400, 200)
     assert server_sizes_on(FIRST, (FIRST, SECOND), 7, logged(both)).kv == (600 + 600) * MIB
+
+
+def test_a_draft_that_shares_the_models_weights_has_none_of_its_own() -> None:
+    shared = LOAD + LOAD[LOAD.index("llama_context: constructing") :]
+    assert mebibytes(server_sizes_on(FIRST, (FIRST, SECOND), 7, logged(shared))) == (6000, 1200, 600)
+
+
+def without(text: str, part: str) -> ServerLoad:
+    return logged("\n".join(line for line in text.splitlines() if part not in line))
+
+
+def test_what_the_log_does_not_tell_is_not_known() -> None:
+    gpus = (FIRST, SECOND)
+    assert mebibytes(server_sizes_on(FIRST, gpus, 7, without(LOAD, "model buffer"))) == (None, 600, 300)
+    assert mebibytes(server_sizes_on(FIRST, gpus, 7, without(LOAD, "KV buffer"))) == (6000, None, 300)
+    draft = LOAD + "srv load_model: loading draft model\n" + LOAD
+    only_draft = logged(draft.replace("model buffer", "other buffer", 3))
+    assert server_sizes_on(FIRST, gpus, 7, only_draft).weights is None
+
+
+def test_layers_on_another_machine_are_no_memory_of_this_one() -> None:
+    remote = logged(LOAD.replace("CUDA0", "RPC0[10.0.0.2:50052]"))
+    assert mebibytes(server_sizes_on(FIRST, (FIRST, SECOND), 7, remote)) == (6000, 600, 300)
 
 
 def test_a_restart_in_one_log_forgets_the_former_devices() -> None:

@@ -91,6 +91,8 @@ def test_figures_of_every_second_can_be_those_of_a_card(script: str) -> None:
             )
             assert total == gpu.memory_total_bytes
             assert sum(each.memory_bytes or 0 for each in gpu.processes or ()) == gpu.memory_used_bytes
+            assert (gpu.memory_free_bytes or 0) >= 0
+            assert all(each.memory_bytes for each in gpu.processes or ())
             assert 0 <= (gpu.utilization_ratio or 0) <= 1
             assert 0 < (gpu.power_watts or 1) <= (gpu.power_limit_watts or 1)
 
