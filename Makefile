@@ -24,7 +24,7 @@ lint: .venv/.dev-installed ## check style, types and which room imports which
 	$(IN_VENV)mypy
 	$(IN_VENV)lint-imports --no-logo
 
-tools: ## get promtool, which some tests ask
+tools: ## get promtool and a C compiler, which some tests ask
 	@.ci/get-tools
 
 truth: .venv/.dev-installed ## compare the figures of real servers with what their driver knows
