@@ -50,8 +50,16 @@ class Curve:
 
     def at(self, second: float) -> float:
         """Return the figure at a second since the start."""
-        if self.repeat_seconds is not None:
-            second %= self.repeat_seconds
+        return self._level(second if self.repeat_seconds is None else second % self.repeat_seconds)
+
+    def until(self, second: float) -> float:
+        """Return the figure's sum over time since the start: watts give joules."""
+        if self.repeat_seconds is None:
+            return self._area(second)
+        rounds, rest = divmod(second, self.repeat_seconds)
+        return rounds * self._area(self.repeat_seconds) + self._area(rest)
+
+    def _level(self, second: float) -> float:
         after = bisect_right(self.points, second, key=lambda point: point[0])
         if after == 0:
             return self.points[0][1]
@@ -59,6 +67,12 @@ class Curve:
             return self.points[-1][1]
         (begin, low), (end, high) = self.points[after - 1], self.points[after]
         return low + (high - low) * (second - begin) / (end - begin)
+
+    def _area(self, until: float) -> float:
+        corners = [0.0, *(second for second, _ in self.points if 0 < second < until), until]
+        return sum(
+            (end - begin) * (self._level(begin) + self._level(end)) / 2 for begin, end in pairwise(corners)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +167,7 @@ class PretendBackend:
             if held:
                 processes.append(GpuProcess(process.pid, process.name, held))
         figures: dict[str, Any] = {name: curve.at(second) for name, curve in card.figures.items()}
+        power = card.figures.get("power_watts")
         return GpuSeen(
             gpu=_label(number),
             uuid=f"pretend-{number}",
@@ -166,6 +181,7 @@ class PretendBackend:
             memory_reserved_bytes=card.reserved_bytes,
             processes=tuple(processes),
             processes_complete=True,
+            energy_joules=None if power is None else power.until(second),
             clocks_hertz={name: round(curve.at(second)) for name, curve in card.clocks_hertz.items()},
             **figures,
         )

@@ -201,6 +201,18 @@ def test_points_are_joined_by_straight_lines_and_repeat() -> None:
     assert {second: curve.at(second) for second in expected} == expected
 
 
+def test_energy_is_the_power_over_time_and_never_goes_back() -> None:
+    script = CARD + "power_watts = {points = [[10, 20], [20, 40]], repeat_seconds = 30}"
+    backend = PretendBackend(parse_script(script, "x.toml"), dict, clock := Clock())
+    # 10 s of 20 W, 10 s of 30 W in the mean, 10 s of 40 W; then anew.
+    for second, joules in {0: 0, 10: 200, 15: 325, 20: 500, 30: 900, 40: 1100, 60: 1800}.items():
+        clock.now = 1000.0 + second
+        assert backend.look().gpus[0].energy_joules == pytest.approx(joules)
+    for name in built_in_scripts():
+        energy = [reading.gpus[0].energy_joules or 0 for reading in readings(name, range(200)).values()]
+        assert energy == sorted(set(energy))
+
+
 @pytest.mark.parametrize(
     ("script", "says"),
     [
