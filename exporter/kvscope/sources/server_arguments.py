@@ -231,6 +231,20 @@ _LEFT_OUT = (
         variables="LLAMA_ARG_SPEC_DRAFT_HF_REPO",
     ),
     _LeftOut("--override-kv", "keys of the model's header that it changes are left out", values=1),
+    _LeftOut(
+        "-dev --device",
+        "on which devices its cache lies, only its log tells",
+        "kv_on_gpu",
+        values=1,
+        variables="LLAMA_ARG_DEVICE",
+    ),
+    _LeftOut(
+        "--rpc",
+        "how much of its cache lies on other machines, only its log tells",
+        "kv_on_gpu",
+        values=1,
+        variables="LLAMA_ARG_RPC",
+    ),
     _LeftOut("-cd --ctx-size-draft", "the draft's own context is left out", "draft_model", values=1),
     _LeftOut("", _OTHER_BUILD, "draft_model", variables="LLAMA_ARG_MODEL_DRAFT"),
     _LeftOut("", _OTHER_BUILD, "draft_cache_type_k", variables="LLAMA_ARG_CACHE_TYPE_K_DRAFT"),
@@ -258,8 +272,8 @@ _ONE_VALUE = """
     -t --threads -tb --threads-batch -C --cpu-mask -Cr --cpu-range --cpu-strict --prio --poll -Cb
     --cpu-mask-batch -Crb --cpu-range-batch --cpu-strict-batch --prio-batch --poll-batch -n --predict
     --n-predict --keep --rope-scaling --rope-scale --rope-freq-base --rope-freq-scale --yarn-orig-ctx
-    --yarn-ext-factor --yarn-attn-factor --yarn-beta-slow --yarn-beta-fast -dt --defrag-thold --rpc -lm
-    --load-mode -lzm --lazy-mode --numa -dev --device -ot --override-tensor -ncmoe --n-cpu-moe
+    --yarn-ext-factor --yarn-attn-factor --yarn-beta-slow --yarn-beta-fast -dt --defrag-thold -lm
+    --load-mode -lzm --lazy-mode --numa -ot --override-tensor -ncmoe --n-cpu-moe
     --moe-cache-mib -ncffn --n-cpu-ffn -sm --split-mode -ts --tensor-split -mg --main-gpu -fitt
     --fit-target -fitc --fit-ctx --lora --lora-scaled --control-vector --control-vector-scaled -mu
     --model-url -dr --docker-repo -hf -hfr --hf-repo -hff --hf-file -hft --hf-token --log-file -lv
