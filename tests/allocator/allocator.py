@@ -68,8 +68,8 @@ def disagreements(request: Mapping[str, Any], truth: Mapping[str, Any]) -> list[
     if "total" in truth:
         return _compare_all(memory, truth)
     # It died, or refused, after the caches were made: their lines are still true, if all of them are there.
-    if told and len(truth["caches"]) == _printed(memory):
-        return _compare_lines(memory, truth)
+    if "refused" in truth or len(truth["caches"]) >= _printed(memory):
+        return _compare_lines(memory, truth) if told else []
     return []
 
 

@@ -62,8 +62,8 @@ def heads(header: Header, random: Random) -> None:
 
 def lengths(header: Header, random: Random) -> None:
     """Keys and values of lengths of their own."""
-    header["attention.key_length"] = random.choice((32, 64, 96, 128, 192))
-    header["attention.value_length"] = random.choice((32, 64, 96, 128))
+    header["attention.key_length"] = random.choice((32, 48, 64, 80, 96, 128, 192))
+    header["attention.value_length"] = random.choice((32, 48, 64, 96, 128))
     if header["rope.dimension_count"] is not None or random.random() < 0.5:
         header["rope.dimension_count"] = 32
 
@@ -91,7 +91,9 @@ def pattern(header: Header, random: Random) -> None:
     elif kind == "number":
         header[key] = random.choice((0, 1, 2, 3, 4, 5, 7))
     else:
-        header[key] = [random.choice((0, 1)) for _ in range(header.layers)]
+        # llama.cpp takes lists of any length.
+        length = header.layers + random.choice((0, 0, 0, -1, 1))
+        header[key] = [random.choice((0, 1)) for _ in range(length)]
         if kind == "bools":
             header[key] = [bool(flag) for flag in header[key]]
 

@@ -76,7 +76,7 @@ def always(_keys: Keys) -> bool:
 class Architecture:
     """One row. memory: the kind of memory of the main context; draft: of one that predicts further tokens.
 
-    draft is None: the attention of those layers alone, and of recurrent models the main context's kind.
+    draft is None: the attention of those layers alone; of models that keep states or nothing, memory.
     further_in_main: the layers that predict further tokens are cached in the main context too.
 
     latent: keys alone are cached (MLA). image_positions: the model rotates by several positions (M-RoPE).
@@ -109,7 +109,7 @@ class Architecture:
         """The kind of memory of a context that predicts further tokens."""
         if self.draft is not None:
             return self.draft
-        same = self.recurrent is not None or self.further_in_main
+        same = self.recurrent is not None or self.further_in_main or self.memory is kinds.none
         return self.memory if same else kinds.further_tokens
 
 
@@ -166,7 +166,7 @@ def every(period: int, *, dense_first: bool = False) -> WindowLayers:
 
 def listed(keys: Keys, _trunk: int, total: int) -> Flags:
     """The header must say it, layer by layer."""
-    return tuple(bool(flag) for flag in keys.per_layer("attention.sliding_window_pattern", total))
+    return tuple(bool(flag) for flag in keys.listed("attention.sliding_window_pattern", total))
 
 
 def everywhere(_keys: Keys, _trunk: int, total: int) -> Flags:
@@ -296,6 +296,14 @@ def own_indexers(shape: ModelShape) -> Sequence[int]:
     return kinds.indexed_layers(shape)
 
 
+def listed_indexers(shape: ModelShape) -> Sequence[int]:
+    """Layers that a list of any length marks; all where there is none (dots3note)."""
+    if not shape.keys.has("attention.indexer.types"):
+        return shape.attention_layers
+    marked = shape.keys.listed("attention.indexer.types", shape.layers)
+    return [il for il in shape.attention_layers if marked[il]]
+
+
 def glm_indexers(shape: ModelShape) -> Sequence[int]:
     """What the header marks, else what load_arch_hparams of glm-dsa builds in."""
     if shape.keys.has("attention.indexer.types") or shape.context_length < GLM_LONG_CONTEXT:
@@ -387,7 +395,7 @@ ARCHITECTURES = MappingProxyType(
         "dflash": Architecture(window=Window(positive_key, listed), image_positions=with_any_sections),
         "dots1": PLAIN,
         "dots3note": Architecture(
-            kinds.dsa(own_indexers), window=Window(needed_key, listed), latent=needed_mla_lengths
+            kinds.dsa(listed_indexers), window=Window(needed_key, listed), latent=needed_mla_lengths
         ),
         "dream": DIFFUSION,
         "eagle3": PLAIN,
@@ -612,7 +620,7 @@ def model_shape(header: ModelHeader, row: Architecture) -> ModelShape:
     kept, attending = _layers_by_use(keys, row, lengths)
     return ModelShape(
         keys=keys,
-        context_length=keys.number("context_length", least=1),
+        context_length=keys.number("context_length"),
         trunk_layers=trunk,
         layers=layers,
         kv_heads=kv_heads,

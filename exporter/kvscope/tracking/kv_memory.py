@@ -13,6 +13,7 @@ from kvscope.tracking.memory_kinds import (
     CacheKind,
     Context,
     SequencePart,
+    dsv4,
     padded,
 )
 from kvscope.tracking.model_shape import LARGEST_VALUE, ModelShape, ShapeError
@@ -138,17 +139,17 @@ def kv_memory(header: ModelHeader, parameters: ContextParameters) -> KvMemory:
 
 def _context(shape: ModelShape, row: Architecture, asked: ContextParameters) -> Context:
     """Return what llama_context makes of parameters (src/llama-context.cpp, b11434)."""
-    for name, cache_type in (("K", asked.cache_type_k), ("V", asked.cache_type_v)):
-        if cache_type not in ROW_TYPES:
-            raise ShapeError(f"cache type {cache_type!r} of {name} is not known; {', '.join(ROW_TYPES)} are")
     flash_attention = asked.flash_attention and row.flash_attention
-    if not flash_attention and ROW_TYPES[asked.cache_type_v][0] > 1:
-        raise ShapeError(f"cache type {asked.cache_type_v} of V needs flash attention, which is off")
+    _check_cache_types(shape, row, asked, flash_attention)
     if not 1 <= asked.sequences <= MOST_SEQUENCES:
         raise ShapeError(f"{asked.sequences} slots: llama.cpp has 1 to {MOST_SEQUENCES}")
     if not 0 <= asked.context_tokens <= LARGEST_VALUE:
         raise ShapeError(f"a context of {asked.context_tokens} tokens cannot be")
+    if asked.batch_tokens < 1 or asked.micro_batch_tokens < 0 or asked.rollback_snapshots < 0:
+        raise ShapeError(f"a batch of {asked.batch_tokens}, {asked.micro_batch_tokens} tokens cannot be")
     wanted = asked.context_tokens or shape.context_length
+    if not wanted:
+        raise ShapeError(f"{shape.keys.full_name('context_length')} is 0 and no context was asked for")
     causal = row.causal and bool(shape.keys.number("attention.causal", 1))
     batch = min(wanted, asked.batch_tokens) if causal else asked.batch_tokens
     tokens = padded(wanted)
@@ -169,3 +170,22 @@ def _context(shape: ModelShape, row: Architecture, asked: ContextParameters) -> 
         cache_type_v=asked.cache_type_v,
         rollback_snapshots=asked.rollback_snapshots if row.rollback else 0,
     )
+
+
+def _check_cache_types(
+    shape: ModelShape, row: Architecture, asked: ContextParameters, flash_attention: bool
+) -> None:
+    """Raise ShapeError for types that llama_init_from_model refuses (src/llama-context.cpp, b11549)."""
+    k, v = asked.cache_type_k, asked.cache_type_v
+    for name, cache_type, length in (("K", k, shape.key_length), ("V", v, shape.value_length)):
+        if cache_type not in ROW_TYPES:
+            raise ShapeError(f"cache type {cache_type!r} of {name} is not known; {', '.join(ROW_TYPES)} are")
+        block, _ = ROW_TYPES[cache_type]
+        if flash_attention and length % block:
+            raise ShapeError(f"cache type {cache_type} of {name} has blocks of {block}, a head has {length}")
+    if not flash_attention and ROW_TYPES[v][0] > 1:
+        raise ShapeError(f"cache type {v} of V needs flash attention, which is off")
+    if k != v and (shape.latent or row.memory is dsv4):
+        raise ShapeError(
+            f"{shape.keys.architecture} caches keys alone: {k} of K and {v} of V must be one type"
+        )

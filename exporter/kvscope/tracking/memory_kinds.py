@@ -420,7 +420,9 @@ def dsv4(shape: ModelShape, context: Context) -> tuple[str, list[Cache]]:
     """
     assert shape.window_tokens is not None
     keys, streams = shape.keys, context.sequences
-    ratios = keys.per_layer("attention.compress_ratios", shape.layers)
+    if not keys.is_list("attention.compress_ratios"):
+        raise ShapeError(f"{keys.full_name('attention.compress_ratios')} is needed, one entry a layer")
+    ratios = keys.listed("attention.compress_ratios", shape.layers)
     indexer_length = keys.number("attention.indexer.key_length")
     by_ratio = {
         ratio: [il for il in shape.attention_layers if ratios[il] == ratio] for ratio in LATENT_RATIOS

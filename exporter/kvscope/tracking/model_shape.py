@@ -77,6 +77,16 @@ class Keys:
             raise ShapeError(f"{self.full_name(name)} has {len(values)} entries for {layers} layers")
         return values
 
+    def listed(self, name: str, layers: int) -> tuple[int, ...]:
+        """Return a list cut or filled with 0 to one entry a layer; one number for all layers.
+
+        From llama_model_loader::get_arr (src/llama-model-loader.cpp, b11549): lists of any length.
+        """
+        if not self.is_list(name):
+            return self.per_layer(name, layers)
+        values = self.numbers(name)[:layers]
+        return values + (0,) * (layers - len(values))
+
     def _whole(self, name: str, value: object) -> int:
         number = value
         if isinstance(number, float) and number.is_integer():
