@@ -115,7 +115,10 @@ class MachinePoller:
                     server_pids=lambda: self._pids,
                 )
                 self._backends, self._missing = self._open_gpus(self._settings.gpu, options)
-        return [backend.look() for backend in self._backends]
+        first, *others = self._backends or (None,)
+        readings = [] if first is None else [first.look()]
+        # Each backend counts its GPUs from 0: those behind the first carry its name too.
+        return readings + [_renamed(backend.look(), backend.name) for backend in others]
 
     def _read_host(self) -> tuple[HostSeen, Mapping[str, ProcessMemory]]:
         return self._host(), {name: self._process_memory(pid) for name, pid in self._pids.items()}
@@ -180,6 +183,10 @@ class MachinePoller:
         if expiry is not None:
             self._aging = asyncio.get_running_loop().call_later(expiry - now + 0.01, self._publish_now)
         return published
+
+
+def _renamed(reading: GpuReading, backend: str) -> GpuReading:
+    return replace(reading, gpus=tuple(replace(gpu, gpu=f"{backend}{gpu.gpu}") for gpu in reading.gpus))
 
 
 def _late(what: str) -> str:

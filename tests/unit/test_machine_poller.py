@@ -121,10 +121,10 @@ async def test_a_server_whose_process_is_out_of_sight_has_no_memory_figures() ->
     assert box.gpus[0].server_bytes == {}
 
 
-async def test_two_backends_are_read_side_by_side() -> None:
-    other = GpuSeen("amd0", memory_total_bytes=GIB, memory_used_bytes=0)
+async def test_two_backends_are_read_side_by_side_and_no_label_stands_for_two_cards() -> None:
+    other = GpuSeen("0", memory_total_bytes=GIB, memory_used_bytes=0)
     box = await Watched(Backend(CARD), Backend(other)).look()
-    assert [gpu.gpu for gpu in box.gpus] == ["0", "amd0"]
+    assert [gpu.gpu for gpu in box.gpus] == ["0", "test0"]
 
 
 async def test_a_machine_without_a_gpu_has_no_gpu_source_and_one_line(

@@ -16,6 +16,7 @@ from kvscope.snapshot import (
     SlotBox,
     SlotCounts,
     Snapshot,
+    TierBox,
 )
 from kvscope.terminal.table import plain_lines, render
 
@@ -138,3 +139,15 @@ def test_names_from_a_server_cannot_steer_the_terminal_or_use_markup() -> None:
 def test_no_server_yet_draws_nothing() -> None:
     assert plain() == []
     assert "".join(drawn()) == ""
+
+
+def test_the_caches_bytes_are_shown_where_they_are_known_and_nothing_is_where_they_are_not() -> None:
+    known = dataclasses.replace(
+        SERVER,
+        kv_allocated={(None, "full"): 16 * 2**20, (None, "window"): 2**20},
+        kv_bytes_per_token=1024.0,
+        tiers={"slot": TierBox(held_bytes=3 * 2**19)},
+    )
+    (line,) = [line for line in plain_lines(Snapshot((known,))) if "KV cache" in line]
+    assert line == "main KV cache: 1.50 MiB held, 17.00 MiB allocated, 1.00 KiB a token"
+    assert not [line for line in plain_lines(Snapshot((SERVER,))) if "KV cache" in line]

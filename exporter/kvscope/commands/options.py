@@ -186,8 +186,8 @@ def server_options(command: Command) -> Command:
             "--gpu-pcie/--no-gpu-pcie",
             envvar="KVSCOPE_GPU_PCIE",
             default=False,
-            help="Read how much goes over PCI Express too: NVIDIA's driver takes some 40 ms for it.  "
-            "[default: off]",
+            help="Read how much goes over PCI Express too: NVIDIA's driver takes some 40 ms for it, AMD's a "
+            "second.  [default: off]",
         ),
         click.option(
             "--server-metrics/--no-server-metrics",

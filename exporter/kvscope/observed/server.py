@@ -115,7 +115,8 @@ class ServerProcess:
     """The local process that listens on the server's port.
 
     started_at: Unix seconds. sleep_idle_seconds: None where the server never sleeps.
-    settings: what its command line and environment say. working_directory: where relative paths in them begin.
+    settings: what its command line and environment say. working_directory: where relative paths in them
+    begin.
     """
 
     pid: int

@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from kvscope.observed.server import Phase, ServerState
-from kvscope.snapshot import ModelCounts, ServerBox, SlotBox, Snapshot
+from kvscope.snapshot import ModelCounts, ServerBox, SlotBox, Snapshot, TierBox
+from kvscope.terminal.plan import size
 
 PHASE_STYLES = {Phase.IDLE: "dim", Phase.PREFILL: "bold yellow", Phase.DECODE: "bold green"}
 
@@ -101,6 +102,9 @@ def _held(slot: SlotBox) -> Text:
 
 
 def _figures(server: ServerBox) -> Iterator[tuple[str, str]]:
+    cache = ", ".join(_cache(server))
+    if cache:
+        yield "KV cache", cache
     if not server.counts:
         return
     yield "prompt tokens", _sums(_prompt_tokens(server.counts))
@@ -127,6 +131,16 @@ def _figures(server: ServerBox) -> Iterator[tuple[str, str]]:
         yield "requests waiting", str(server.requests_deferred)
     if server.restarts:
         yield "restarts", str(server.restarts)
+
+
+def _cache(server: ServerBox) -> Iterator[str]:
+    tier = server.tiers.get("slot", TierBox())
+    if tier.held_bytes is not None:
+        yield f"{size(tier.held_bytes)} held"
+    if server.kv_allocated is not None:
+        yield f"{size(sum(server.kv_allocated.values()))} allocated"
+    if server.kv_bytes_per_token:
+        yield f"{size(round(server.kv_bytes_per_token))} a token"
 
 
 def _eviction_texts(models: Iterable[ModelCounts]) -> Iterator[str]:
