@@ -86,8 +86,8 @@ LABELS: tuple[tuple[str, str], ...] = (
     ("device", "as llama.cpp names it; left out where only model and settings tell"),
     (
         "gpu",
-        "the GPU's index as text, with its backend's name before it where several backends read; `pretend0` for "
-        "the pretend one",
+        "the GPU's index as text, with its backend's name before it where several backends read; "
+        "`pretend0` for the pretend one",
     ),
     ("uuid, name, vendor, driver", "of the GPU"),
     ("process", "a program's name, without path and arguments"),
