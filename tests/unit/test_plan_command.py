@@ -96,7 +96,7 @@ def test_the_question_of_a_card_of_16_gib_is_answered_without_any_file(
     [
         "--weights 1013.37MiB --vram 16GiB -np 1",
         "--vram 6GB",
-        "--vram 96GiB -np 16 -ctk q8_0 -ctv q5_1 -c 4194304",
+        "--vram 96GiB -np 16 -ctk q5_1 -ctv q5_1 -c 4194304",
         "--vram 8GiB -fa off -np 3 --reserve 1GiB --swa-full",
     ],
 )
