@@ -390,7 +390,12 @@ ARCHITECTURES = MappingProxyType(
         "deepseek2-ocr": PLAIN,
         "deepseek32": Architecture(kinds.dsa(attending_layers), latent=needed_mla_lengths),
         "deepseek4": Architecture(
-            kinds.dsv4, window=Window(needed_key, everywhere), nextn_by_tensors=True, rollback=True
+            kinds.dsv4,
+            draft=kinds.further_tokens,
+            window=Window(needed_key, everywhere),
+            nextn_by_tensors=True,
+            rollback=True,
+            further_in_main=True,
         ),
         "dflash": Architecture(window=Window(positive_key, listed), image_positions=with_any_sections),
         "dots1": PLAIN,
@@ -641,11 +646,8 @@ def model_shape(header: ModelHeader, row: Architecture) -> ModelShape:
 def _further_layers(keys: Keys, row: Architecture, layers: int) -> int:
     name = "nextn_predict_layers"
     further = keys.number(name, 0)
-    if row.nextn_by_tensors and further:
-        if keys.nextn_tensors is None:
-            wanted = f"{keys.full_name(name)} is {further}"
-            raise ShapeError(f"{wanted}, but whether the file holds those layers is not known")
-        further = further if keys.nextn_tensors else 0
+    if row.nextn_by_tensors and not keys.nextn_tensors:
+        further = 0
     if further >= layers and row.memory is not borrowed:
         raise ShapeError(f"{keys.full_name(name)} is {further} of {layers} layers")
     return min(further, layers)

@@ -273,7 +273,7 @@ def of_further_layers(shape: ModelShape) -> ModelShape:
     """Return the shape of the layers that predict further tokens alone; none of them keeps a state."""
     if not shape.further:
         key = shape.keys.full_name("nextn_predict_layers")
-        raise ShapeError(f"{key} names no layers that predict further tokens (MTP)")
+        raise ShapeError(f"no layers that predict further tokens (MTP): {key} has none, or the file has not")
     kept = shape.recurrent and replace(shape.recurrent, layers=(), history_layers=())
     return replace(shape, attention_layers=shape.further, recurrent=kept)
 
@@ -451,7 +451,8 @@ def dsv4(shape: ModelShape, context: Context) -> tuple[str, list[Cache]]:
         return allocation, SequencePart(Live(ratio=ratio), row, empty_bytes=empty, checkpoint=False)
 
     def state(name: str, ratio: int, width: int) -> Cache:
-        layers = by_ratio[ratio]
+        # Layers that predict further tokens keep compressed rows, but no state of the compression.
+        layers = [layer for layer in by_ratio[ratio] if layer < shape.trunk_layers]
         latents = LATENT_RATIOS[ratio]
         one = len(layers) * 2 * ratio * latents * latents * width * BYTES_PER_STATE_ELEMENT
         total = one * streams * (1 + context.rollback_snapshots)

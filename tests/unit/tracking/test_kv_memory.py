@@ -104,17 +104,21 @@ def test_bytes_by_kind_of_cache_are_all_the_bytes() -> None:
     assert sum(by_kind.values()) == memory_of("qwen3-next-80b-a3b", n_ctx=32768).allocated_bytes
 
 
-def test_layers_behind_the_trunk_of_deepseek4_count_only_where_the_file_has_them() -> None:
+def test_deepseek4_keeps_its_last_layers_in_the_main_context_whether_the_file_has_their_weights_or_not() -> (
+    None
+):
+    # Read off the real llama.cpp with a file that has them: llama_kv_cache, layers 0 to 4 of 5.
     case = next(case for case in read_cases(SHARED_CASES) if case["variant"] == "nextn1_tensor")
-    metadata = case["gguf_metadata"]
-    layers = {
-        tensors: [
-            cache.layers
-            for cache in kv_memory(case_header(metadata, tensors), ContextParameters()).caches
-            if cache.name == "raw_swa"
-        ]
-        for tensors in (True, False)
-    }
-    assert layers == {True: [(0, 1, 2, 3)], False: [(0, 1, 2, 3, 4)]}
-    with pytest.raises(ShapeError, match="not known"):
-        kv_memory(case_header(metadata, None), ContextParameters())
+    for tensors in (True, False, None):
+        memory = kv_memory(
+            case_header(case["gguf_metadata"], tensors), ContextParameters(context_tokens=2048)
+        )
+        layers = next(cache.layers for cache in memory.caches if cache.name == "raw_swa")
+        assert layers == (0, 1, 2, 3, 4)
+
+
+@pytest.mark.parametrize("tensors", [False, None])
+def test_deepseek4_predicts_further_tokens_only_with_the_weights_for_it(tensors: bool | None) -> None:
+    case = next(case for case in read_cases(SHARED_CASES) if case["variant"] == "nextn1_tensor")
+    with pytest.raises(ShapeError, match="no layers that predict further tokens"):
+        kv_memory(case_header(case["gguf_metadata"], tensors), ContextParameters(draft=True))
