@@ -32,6 +32,9 @@ truth: .venv/.dev-installed ## compare the figures of real servers with what the
 
 bench: .venv/.dev-installed ## measure what watching costs
 	$(PYTHON) -m tests.bench $(ARGS)
+	$(PYTHON) -m tests.bench.header
+	$(PYTHON) -m tests.bench.gpu
+	$(PYTHON) -m tests.bench.amdgpu
 
 docs: .venv/.dev-installed ## write docs/METRICS.md from the metric rows
 	$(PYTHON) -m kvscope.metrics.document > docs/METRICS.new
