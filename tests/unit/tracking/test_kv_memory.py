@@ -122,3 +122,13 @@ def test_deepseek4_predicts_further_tokens_only_with_the_weights_for_it(tensors:
     case = next(case for case in read_cases(SHARED_CASES) if case["variant"] == "nextn1_tensor")
     with pytest.raises(ShapeError, match="no layers that predict further tokens"):
         kv_memory(case_header(case["gguf_metadata"], tensors), ContextParameters(draft=True))
+
+
+def test_deepseek4s_layers_behind_the_trunk_keep_compressed_rows_but_no_state_of_the_compression() -> None:
+    case = next(case for case in read_cases(SHARED_CASES) if case["variant"] == "nextn1_tensor")
+    metadata = {**case["gguf_metadata"], "deepseek4.attention.compress_ratios": [0, 4, 128, 4, 4]}
+    parameters = ContextParameters(context_tokens=2048, micro_batch_tokens=64)
+    memory = kv_memory(case_header(metadata, nextn_tensors=True), parameters)
+    # llama_get_memory_breakdown and llama_state_seq_get_size of the real llama.cpp with such a file.
+    assert memory.allocated_bytes == 901120
+    assert memory.sequence_state_bytes(0) == 115368
