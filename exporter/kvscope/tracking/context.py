@@ -99,6 +99,13 @@ def unified(settings: ContextSettings) -> bool | None:
     return None if "unified" in settings.unreadable else False
 
 
+def slots_contradict(settings: ContextSettings, props: ServerProps | None) -> bool:
+    """Return whether the server has another number of slots than the settings mean."""
+    if props is None or props.total_slots is None or "slots" in settings.unreadable:
+        return False
+    return _slots(settings, props)[0] != props.total_slots
+
+
 def context_parameters(settings: ContextSettings, context_tokens: int, slots: int) -> ContextParameters:
     """Return what llama-server asks llama_init_from_model for, with the size and slots that it decided on."""
     rollback = 0
@@ -215,7 +222,7 @@ def _by_formula(
     try:
         parameters = _parameters(settings, props, sources)
         main = kv_memory(model.header, parameters)
-        _refuse_contradiction(main, parameters, props)
+        _refuse_contradiction(main, parameters, props, _most_of_a_slot(main, model.header, settings))
         draft = _draft(model.header, parameters, settings)
     except (_NotTold, ShapeError) as problem:
         return ServerMemory(problem=f"{_LEFT_OUT}: {problem}")
@@ -323,10 +330,9 @@ def _parameters(
 ) -> ContextParameters:
     _refuse_unreadable(settings)
     shared = unified(settings)
-    slots = SLOTS_WHEN_UNSAID if settings.slots is None or settings.slots < 0 else settings.slots
-    if settings.slots is None and props is not None and props.total_slots == 1:
-        # Builds that run one slot when none is asked for: with one, shared and separate are the same.
-        slots, sources["slots"] = 1, "props"
+    slots, by_props = _slots(settings, props)
+    if by_props:
+        sources["slots"] = "props"
     context = settings.context_tokens or 0
     if context <= 0 and settings.unified_slot_tokens and "context_tokens" not in settings.unreadable:
         context = slots * settings.unified_slot_tokens
@@ -340,6 +346,15 @@ def _parameters(
     return context_parameters(settings, context, slots)
 
 
+def _slots(settings: ContextSettings, props: ServerProps | None) -> tuple[int, bool]:
+    """Return how many slots there are by the settings, and whether /props had to say it."""
+    if settings.slots is None and props is not None and props.total_slots == 1:
+        # Builds that run one slot when none is asked for: with one, shared and separate are the same.
+        return 1, True
+    unsaid = settings.slots is None or settings.slots < 0
+    return (SLOTS_WHEN_UNSAID if unsaid else settings.slots or 0), False
+
+
 def _refuse_unreadable(settings: ContextSettings) -> None:
     """Raise where something is said of a setting that cannot be told: no default may stand in for it."""
     needed = [each for fields in _GROUPS.values() for each in fields] + ["draft_kinds", "unified_slot_tokens"]
@@ -350,21 +365,33 @@ def _refuse_unreadable(settings: ContextSettings) -> None:
         raise _NotTold(f"its arguments leave open the {', the '.join(left_open)}: say it with --server-args")
 
 
-def _refuse_contradiction(main: KvMemory, parameters: ContextParameters, props: ServerProps | None) -> None:
-    """Raise where the running server shows that the settings are not the ones it runs with."""
+def _refuse_contradiction(
+    main: KvMemory, parameters: ContextParameters, props: ServerProps | None, most: int
+) -> None:
+    """Raise where the running server shows that the settings are not the ones it runs with.
+
+    most: how many tokens a slot would show by the settings. Builds before the cap show all its cells.
+    """
     if props is None:
         return
-    if props.total_slots is not None and props.total_slots != parameters.sequences:
+    if props.total_slots not in (None, parameters.sequences):
         raise _NotTold(
             f"it has {props.total_slots} slots, its arguments as they were read mean {parameters.sequences}: "
-            "correct --server-args"
+            "give the right ones with --server-args"
         )
     limit = props.context_limit_tokens
-    if limit is not None and main.memory_class != "none" and limit > main.sequence_context_tokens:
+    if limit and main.memory_class != "none" and not most <= limit <= main.sequence_context_tokens:
         raise _NotTold(
-            f"a slot of it holds {limit} tokens, its arguments as they were read mean "
-            f"{main.sequence_context_tokens}: correct --server-args"
+            f"a slot of it holds {limit} tokens, its arguments as they were read mean {most}: "
+            "give the right ones with --server-args"
         )
+
+
+def _most_of_a_slot(main: KvMemory, header: ModelHeader, settings: ContextSettings) -> int:
+    """Return what a slot holds at most by the settings: the server caps it, whatever was allocated."""
+    trained = header.metadata.get(f"{header.architecture}.context_length")
+    caps = (main.sequence_context_tokens, trained, settings.unified_slot_tokens)
+    return min(cap for cap in caps if type(cap) is int and cap > 0)
 
 
 def _draft(header: ModelHeader, parameters: ContextParameters, settings: ContextSettings) -> KvMemory | None:

@@ -21,7 +21,7 @@ from kvscope.observed.server import (
 from kvscope.snapshot import ModelCounts, SourceBox
 from kvscope.tracking import counts as counting
 from kvscope.tracking.claims import Claim, Claims, Tokens, claims_after, seen_at_work, without_past
-from kvscope.tracking.context import ServerMemory, joined, server_memory, unified
+from kvscope.tracking.context import ServerMemory, joined, server_memory, slots_contradict, unified
 from kvscope.tracking.ledger import Finished, Settlement, awaits_counters, settle, settle_without_counters
 from kvscope.tracking.restarts import (
     counting_from_zero,
@@ -112,7 +112,7 @@ class History:
     def kv_unified(self) -> bool | None:
         """Whether all slots share one pool; None while nothing tells."""
         settings = self.settings
-        if settings is not None:
+        if settings is not None and not slots_contradict(settings, self.props):
             return unified(settings)
         return False if self.slots_proved_separate else None
 

@@ -199,6 +199,9 @@ def test_a_build_that_runs_one_slot_when_none_is_asked_for_is_believed() -> None
     [
         (said(context_tokens=8192, slots=2), props(4, 2048)),
         (said(context_tokens=4096, slots=2), props(2, 8192)),
+        (said(context_tokens=16384, slots=2), props(2, 4096)),
+        (said(context_tokens=16384), props(4, 4096)),
+        (said(context_tokens=131072, slots=1), props(1, 32768)),
     ],
 )
 def test_arguments_that_the_running_server_contradicts_give_no_figure(
@@ -207,7 +210,13 @@ def test_arguments_that_the_running_server_contradicts_give_no_figure(
     memory = server_memory(MODEL, given, None, shown)
     assert not memory.known
     assert memory.problem is not None
-    assert "correct --server-args" in memory.problem
+    assert "give the right ones with --server-args" in memory.problem
+
+
+def test_a_slot_of_a_shared_pool_shows_less_than_the_pool_where_a_flag_caps_it() -> None:
+    capped = said(context_tokens=8192, slots=4, unified=True, unified_slot_tokens=2048)
+    memory = server_memory(MODEL, None, capped, props(4, 2048))
+    assert memory.allocated_bytes == 8192 * TOKEN_F16
 
 
 def test_a_size_for_each_slot_of_a_shared_pool_makes_the_pool() -> None:
