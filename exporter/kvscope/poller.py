@@ -31,7 +31,7 @@ from kvscope.sources.model_file import ModelFile, ModelFileError, Served
 from kvscope.sources.server_process import NotReadableError, find_server_process, is_alive, is_here
 from kvscope.tracking.history import History, advance, counters_moved, looks_restarted, of_another_process
 from kvscope.tracking.machine import ServerOnMachine
-from kvscope.tracking.publish import box, expires_at
+from kvscope.tracking.publish import STATES_UP, box, expires_at
 from kvscope.tracking.vram import ServerLoad
 from kvscope.words import Words
 
@@ -96,6 +96,7 @@ class Poller:
         self._pause_seconds = settings.idle_interval_seconds
         self._intervals: tuple[tuple[Source, float], ...] = ()
         self._restart_seen = False
+        self._slots_are_new = False
         self._process: ServerProcess | None = None
         self._process_looked_at: float | None = None
         self._answers: list[SourceAnswer] = []
@@ -129,7 +130,7 @@ class Poller:
         self._failed_looks = self._failed_looks + 1 if after.state in _WORTH_BACKING_OFF else 0
         if after.restarts > before.restarts:
             # Another process may serve another model and offer other endpoints.
-            self._restart_seen = True
+            self._restart_seen = self._slots_are_new = True
             self._metrics_offered = None
             self._metrics_failures = 0
         self._decide_how_long_to_wait()
@@ -279,6 +280,7 @@ class Poller:
                 case Failure.UNREACHABLE:
                     return None, ServerState.UNREACHABLE
             return None, ServerState.READY  # /props was understood: only this source is broken
+        self._slots_are_new = False
         self._words.tell_notes(self._client.notes)
         return slots, ServerState.READY
 
@@ -400,7 +402,7 @@ class Poller:
         may_sleep = self._may_sleep(props)
         if may_sleep is False or (may_sleep is None and not self._metrics_readable(props)):
             return False
-        return bool(self._history.tracks) and self._idle()
+        return bool(self._history.tracks) and not self._slots_are_new and self._idle()
 
     async def _look_at_process(self) -> None:
         looked_at = self._process_looked_at
@@ -446,8 +448,9 @@ class Poller:
             self._answers.append(SourceAnswer(Source.MODEL_FILE, took, self._model_problem))
 
     def _tell_of_memory(self, history: History) -> None:
-        if history.props is None or self._model_reading is not None or self._model_problem:
-            return
+        away = history.state not in STATES_UP or history.state is ServerState.LOADING
+        if away or history.props is None or self._model_reading is not None or self._model_problem:
+            return  # of a server that is gone there is nothing to read, and no setting would help
         if history.memory.problem is not None:
             self._words.tell_once(logging.INFO, history.memory.problem)
         for warning in history.memory.warnings:

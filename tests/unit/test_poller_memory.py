@@ -16,8 +16,10 @@ from fake_server import FakeServer, status
 from watching import ModelAtHand, Watched, process
 
 from kvscope.observed.model import ContextSettings, ModelHeader, ModelSeen
-from kvscope.observed.server import ServerState
+from kvscope.observed.server import ServerProcess, ServerState
+from kvscope.settings import ServerSettings
 from kvscope.sources.model_file import ModelFileError, Served
+from kvscope.sources.server_process import NotReadableError
 
 TOKEN = 1024
 MODEL = ModelSeen(
@@ -58,6 +60,10 @@ async def watch(caplog: pytest.LogCaptureFixture) -> AsyncIterator[Watch]:
         await each.client.close()
 
 
+def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records]
+
+
 async def test_the_first_look_shows_what_each_slot_and_the_cache_take(
     server: FakeServer, watch: Watch
 ) -> None:
@@ -96,8 +102,7 @@ async def test_without_model_or_arguments_the_bytes_are_absent_and_one_line_says
     assert (box.kv_allocated, box.kv_bytes_per_token, box.kv_sources, box.model_bytes) == (None,) * 4
     tier = box.tiers["slot"]
     assert (tier.held_bytes, tier.limit_bytes, tier.tokens, tier.limit_tokens) == (None, None, 100, None)
-    told = [record.getMessage() for record in caplog.records if "KV bytes" in record.getMessage()]
-    assert len(told) == 1
+    assert len([line for line in told(caplog) if "KV bytes" in line]) == 1
 
 
 async def test_a_sleeping_server_holds_and_has_allocated_nothing(server: FakeServer, watch: Watch) -> None:
@@ -111,7 +116,7 @@ async def test_a_sleeping_server_holds_and_has_allocated_nothing(server: FakeSer
     assert box.state is ServerState.SLEEPING
     assert [slot.kv_bytes for slot in box.slots] == [0, 0]
     assert box.kv_allocated == {(None, "full"): 0}
-    assert box.tiers["slot"].limit_bytes == 0
+    assert (box.tiers["slot"].limit_bytes, box.tiers["slot"].limit_tokens) == (0, 0)
 
 
 async def test_figures_leave_with_a_server_that_is_gone_and_return_with_it(
@@ -125,6 +130,56 @@ async def test_figures_leave_with_a_server_that_is_gone_and_return_with_it(
     server.answers = {}
     box = await watched.watch(60)
     assert box.kv_allocated == {(None, "full"): 8192 * TOKEN}
+
+
+async def test_a_server_that_is_gone_is_no_reason_to_ask_for_settings(
+    server: FakeServer, watch: Watch, caplog: pytest.LogCaptureFixture
+) -> None:
+    alive = [ServerProcess(7, 1000.0, settings=SEPARATE)]
+
+    def find(_: ServerSettings) -> ServerProcess:
+        if not alive:
+            raise NotReadableError("no process of this machine is seen listening there")
+        return alive[0]
+
+    model = ModelAtHand(MODEL)
+    watched = watch(server, model_file=model, find_process=find, process_lives=lambda each: each in alive)
+    await watched.look(2)
+    alive.clear()
+    model.seen = None
+    await server.stop()
+    await watched.watch(120)
+    assert watched.box.state is ServerState.UNREACHABLE
+    assert not [line for line in told(caplog) if "KV bytes" in line]
+
+
+async def test_arguments_that_speak_of_other_slots_tell_nothing_of_the_pool_either(
+    server: FakeServer, watch: Watch
+) -> None:
+    box = await watch(
+        server, model_file=ModelAtHand(MODEL), arguments=ContextSettings(slots=3, context_tokens=8192)
+    ).look()
+    assert (box.kv_allocated, box.kv_unified) == (None, None)
+
+
+async def test_the_slots_of_a_new_process_are_looked_at_once_though_it_may_sleep(
+    server: FakeServer, watch: Watch
+) -> None:
+    server.without("metrics")
+    alive = [ServerProcess(7, 1000.0, sleep_idle_seconds=60.0)]
+    watched = watch(
+        server, sleep_idle="auto", find_process=lambda _: alive[0], process_lives=lambda each: each in alive
+    )
+    await watched.look(3)
+    alive[0] = ServerProcess(8, 2000.0, sleep_idle_seconds=60.0)
+    server.props["total_slots"] = 3
+    server.slots.append({**server.slots[0], "id": 2})
+    box = await watched.look(3)
+    assert box.restarts == 1
+    assert [slot.id for slot in box.slots] == [0, 1, 2]
+    server.asked.clear()
+    await watched.look(3)
+    assert server.asked["/slots"] == 0
 
 
 class SlowModel(ModelAtHand):

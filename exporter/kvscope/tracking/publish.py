@@ -128,7 +128,7 @@ def _slot_tier(slots: tuple[SlotBox, ...], memory: ServerMemory | None, asleep: 
         held_bytes=sum(sizes) if slots and len(sizes) == len(slots) else None,
         limit_bytes=(0 if asleep else memory.allocated_bytes) if memory else None,
         tokens=sum(tokens) if slots and len(tokens) == len(slots) else None,
-        limit_tokens=memory.limit_tokens if memory else None,
+        limit_tokens=(0 if asleep else memory.limit_tokens) if memory else None,
     )
 
 
