@@ -104,6 +104,7 @@ def _inside(served: str, folder: str) -> str | None:
     windows = "\\" in served or "\\" in folder
     kind = PureWindowsPath if windows else PurePosixPath
     try:
-        return kind(served).relative_to(kind(folder)).as_posix()
+        inside = kind(served).relative_to(kind(folder))
     except ValueError:
         return None
+    return None if ".." in inside.parts else inside.as_posix()

@@ -58,10 +58,10 @@ def read_shape(path: Path) -> ModelHeader:
 
 
 def _document(body: bytes) -> dict[str, Any]:
-    if len(body) > LARGEST_FILE_BYTES:
-        raise ShapeFileError(f"is larger than a shape: it goes on after {LARGEST_FILE_BYTES} bytes")
     if body.startswith(b"GGUF"):
         raise ShapeFileError("is a GGUF model, not a shape; give it as a model's file")
+    if len(body) > LARGEST_FILE_BYTES:
+        raise ShapeFileError(f"is larger than a shape: it goes on after {LARGEST_FILE_BYTES} bytes")
     try:
         document = json.loads(body, parse_constant=_refuse)
     except (ValueError, RecursionError):

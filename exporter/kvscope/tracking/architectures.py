@@ -360,7 +360,7 @@ def architecture(name: str) -> Architecture:
     try:
         return ARCHITECTURES[name]
     except KeyError:
-        raise ShapeError(f"architecture {name[:64]} is not known; its bytes are left out") from None
+        raise ShapeError(f"architecture {name[:64]} is not known") from None
 
 
 def model_shape(header: ModelHeader, row: Architecture) -> ModelShape:

@@ -68,6 +68,12 @@ def test_a_mapped_folder_is_read_whoever_named_it(model: Path) -> None:
     assert mapped.read(Served("/srv2/models/tiny.gguf")) is None
 
 
+def test_a_path_that_leaves_its_mapped_folder_again_is_not_opened(model: Path) -> None:
+    mapped = ModelFile(ServerSettings("main"), [("/srv", str(model.parent / "deeper"))])
+    assert mapped.read(Served("/srv/../tiny.gguf")) is None
+    assert mapped.read(Served("\\srv\\..\\tiny.gguf")) is None
+
+
 def test_a_named_file_needs_no_word_of_the_server(model: Path) -> None:
     seen = ModelFile(ServerSettings("main", model_file=str(model))).read(Served(None))
     assert layers(seen) == 4

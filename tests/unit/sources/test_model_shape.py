@@ -144,6 +144,7 @@ BROKEN: dict[str, tuple[bytes | dict[str, Any], str]] = {
     "cut off": (json.dumps(SHAPE).encode()[:-5], "is no JSON text"),
     "no utf-8": (b'{"kvscope_shape": "\xff"}', "is no JSON text"),
     "a model": (llama(), "is a GGUF model, not a shape"),
+    "a large model": (llama() + bytes(LARGEST_FILE_BYTES), "is a GGUF model, not a shape"),
     "too deep": (b"[" * 100_000, "is no JSON text"),
     "a number of many digits": (b'{"kvscope_shape": ' + b"1" * 5000 + b"}", "is no JSON text"),
     "no number": (b'{"kvscope_shape": NaN}', "is no JSON text"),
