@@ -10,6 +10,7 @@ from importlib.util import find_spec
 import click
 from click.core import ParameterSource
 
+from kvscope.commands.dashboards import dashboards
 from kvscope.commands.healthcheck import healthcheck
 from kvscope.commands.plan import plan_command
 from kvscope.commands.serve import serve
@@ -29,6 +30,7 @@ Examples:
   kvscope serve --once              print one look
   kvscope serve --help              all settings, with examples
   kvscope plan model.gguf           what its KV cache needs, and how much context fits
+  kvscope dashboards export DIR     Grafana dashboards and Prometheus rules
 """,
 )
 @click.version_option(version("kvscope"), prog_name="kvscope", message="%(prog)s %(version)s")
@@ -42,6 +44,7 @@ def kvscope(ctx: click.Context) -> None:
 kvscope.add_command(serve)
 kvscope.add_command(healthcheck)
 kvscope.add_command(plan_command, "plan")
+kvscope.add_command(dashboards)
 
 
 @kvscope.command(
