@@ -2,14 +2,14 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint tools truth bench docs pictures clean
+.PHONY: help demo test lint tools truth allocator bench docs pictures clean
 
 IN_VENV := .venv/bin/
 PYTHON := $(IN_VENV)python
 PIP_INSTALL := $(PYTHON) -m pip install --quiet --disable-pip-version-check --editable
 
 help: ## say what can be made
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo 'Arguments are given like this: make demo ARGS="--turns 3"'
 
 demo: .venv/.demo-installed ## watch a real llama.cpp server with a tiny model in the terminal
@@ -24,11 +24,18 @@ lint: .venv/.dev-installed ## check style, types and which room imports which
 	$(IN_VENV)mypy
 	$(IN_VENV)lint-imports --no-logo
 
-tools: ## get promtool and a C compiler, which some tests ask
+tools: .tools/grafana-client ## get what some tests ask: promtool, a C compiler, grafana-client
 	@.ci/get-tools
+
+# In a folder of its own: it replaces urllib3.
+.tools/grafana-client: | $(PYTHON)
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --target $@ 'grafana-client>=5.1,<6'
 
 truth: .venv/.dev-installed ## compare the figures of real servers with what their driver knows
 	$(PYTHON) -m tests.truth $(ARGS)
+
+allocator: .venv/.dev-installed ## compare KV bytes of random models with what llama.cpp allocates
+	$(PYTHON) -m tests.allocator $(ARGS)
 
 bench: .venv/.dev-installed ## measure what watching costs
 	$(PYTHON) -m tests.bench $(ARGS)
