@@ -17,12 +17,13 @@ from pathlib import Path
 import click
 
 from kvscope.app import CannotListen, serve
+from kvscope.commands.options import Written
 from kvscope.demo import tiny_model
 from kvscope.demo.running_server import RunningServer, ServerDidNotStart
 from kvscope.demo.screen import Screen
 from kvscope.demo.session import CONTEXT_LIMIT, POOL_LIMIT, AgentSession, SessionFailed
 from kvscope.poller import Poller
-from kvscope.settings import ServerSettings, Settings
+from kvscope.settings import ServerSettings, Settings, listen_address
 from kvscope.snapshot import ServerBox
 
 SERVER_NAME = "demo"
@@ -60,11 +61,25 @@ class DemoFailed(Exception):
     help="Pause after each request.",
 )
 @click.option(
+    "--listen",
+    envvar="KVSCOPE_LISTEN",
+    metavar="HOST:PORT",
+    type=Written("listen", listen_address),
+    help="Where scrapes are answered.  [default: 127.0.0.1:10188, or a free port where that one is taken]",
+)
+@click.option(
     "--picture",
     type=click.Path(dir_okay=False, path_type=Path),
     help="Write the table's fullest moment to this file as SVG, at the end.",
 )
-def demo(turns: int | None, mode: str, seed: int, breath: float, picture: Path | None) -> None:
+def demo(
+    turns: int | None,
+    mode: str,
+    seed: int,
+    breath: float,
+    listen: tuple[str, int] | None,
+    picture: Path | None,
+) -> None:
     """Watch a scripted agent session fill the slots of a real llama.cpp server.
 
     Everything runs on this machine: the server (from the package xllamacpp) on a model of a few MB
@@ -72,7 +87,7 @@ def demo(turns: int | None, mode: str, seed: int, breath: float, picture: Path |
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        run_demo(turns, mode, seed, breath, picture)
+        run_demo(turns, mode, seed, breath, picture, listen)
     except KeyboardInterrupt:
         pass
     except DemoFailed as error:
@@ -80,7 +95,14 @@ def demo(turns: int | None, mode: str, seed: int, breath: float, picture: Path |
         sys.exit(1)
 
 
-def run_demo(turns: int | None, mode: str, seed: int, breath: float, picture: Path | None = None) -> None:
+def run_demo(
+    turns: int | None,
+    mode: str,
+    seed: int,
+    breath: float,
+    picture: Path | None = None,
+    listen: tuple[str, int] | None = None,
+) -> None:
     """Run the demo until its turns are over or SIGTERM or SIGINT comes.
 
     Raises DemoFailed when a part of it dies.
@@ -98,7 +120,7 @@ def run_demo(turns: int | None, mode: str, seed: int, breath: float, picture: Pa
             except ServerDidNotStart as error:
                 raise DemoFailed(str(error)) from None
             session = AgentSession(server.url, screen.tell, seed, breath)
-            asyncio.run(_play(server, session, screen, turns))
+            asyncio.run(_play(server, session, screen, turns, listen))
     if picture:
         picture.write_text(screen.picture(f"kvscope demo --mode {mode}"))
 
@@ -125,9 +147,15 @@ def cached_model(seed: int) -> Path:
     return model
 
 
-async def _play(server: RunningServer, session: AgentSession, screen: Screen, turns: int | None) -> None:
+async def _play(
+    server: RunningServer,
+    session: AgentSession,
+    screen: Screen,
+    turns: int | None,
+    listen: tuple[str, int] | None,
+) -> None:
     stop = asyncio.Event()
-    exporter = asyncio.create_task(_export(server.url, screen, stop))
+    exporter = asyncio.create_task(_export(server.url, screen, stop, listen))
     playing = asyncio.create_task(session.run(turns))
     others = [asyncio.create_task(_until_it_ends(server)), asyncio.create_task(screen.draw())]
     await asyncio.wait({exporter, playing, *others}, return_when=asyncio.FIRST_COMPLETED)
@@ -159,12 +187,14 @@ async def _look_after_the_end(screen: Screen) -> None:
             await screen.next_publish()
 
 
-async def _export(url: str, screen: Screen, stop: asyncio.Event) -> None:
+async def _export(url: str, screen: Screen, stop: asyncio.Event, address: tuple[str, int] | None) -> None:
     settings = Settings(
         servers=(ServerSettings(SERVER_NAME, url=url, sleep_idle="off"),),
         idle_interval_seconds=IDLE_LOOK_SECONDS,
         gpu="pretend",
     )
+    if address:
+        settings = dataclasses.replace(settings, listen_host=address[0], listen_port=address[1])
 
     def make_poller(
         server: ServerSettings, settings: Settings, publish: Callable[[ServerBox], None]
@@ -181,6 +211,8 @@ async def _export(url: str, screen: Screen, stop: asyncio.Event) -> None:
     try:
         await listen(settings)
     except CannotListen:
+        if address:
+            raise
         screen.tell(f"port {settings.listen_port} is taken, so the exporter listens on another one")
         await listen(dataclasses.replace(settings, listen_port=0))
 
