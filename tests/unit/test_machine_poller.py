@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import pytest
 
-from kvscope.machine_poller import OPEN_AGAIN_EVERY_SECONDS, MachinePoller
+from kvscope.machine_poller import CALM_SECONDS, OPEN_AGAIN_EVERY_SECONDS, MachinePoller
 from kvscope.observed.gpu import GpuProcess, GpuReading, GpuSeen
 from kvscope.observed.host import HostSeen, ProcessMemory
 from kvscope.settings import Settings
@@ -39,15 +41,21 @@ class Backend:
         self.closed = 0
         self.looks = 0
         self.hangs: threading.Event | None = None
+        self.hangs_at_end: threading.Event | None = None
+        self.raises: Exception | None = None
 
     def look(self) -> GpuReading:
         self.looks += 1
         if self.hangs is not None:
             self.hangs.wait(60)
+        if self.raises is not None:
+            raise self.raises
         return self.reading
 
     def close(self) -> None:
         self.closed += 1
+        if self.hangs_at_end is not None:
+            self.hangs_at_end.wait(60)
 
 
 class Watched:
@@ -61,26 +69,34 @@ class Watched:
         servers: Sequence[ServerOnMachine] = (SERVER,),
         memory: Mapping[int, ProcessMemory] | None = None,
         patient: float = 60.0,
+        monotonic: Callable[[], float] | None = None,
     ) -> None:
         self.seconds = 1000.0
         self.backends = backends
         self.missing = missing
         self.opened: list[tuple[str, GpuOptions]] = []
         self.boxes: list[MachineBox] = []
+        self.published = asyncio.Event()
         self.poller = MachinePoller(
             Settings(gpu=gpu, gpu_interval_seconds=patient),
-            self.boxes.append,
+            self._publish,
             lambda: servers,
             open_gpus=self._open,
             host=lambda: HOST,
             process_memory=lambda pid: (memory or {}).get(pid, ProcessMemory()),
             clock=lambda: 1.8e9 + self.seconds,
-            monotonic=lambda: self.seconds,
+            monotonic=monotonic or (lambda: self.seconds),
         )
 
-    def _open(self, setting: str, options: GpuOptions) -> tuple[Sequence[GpuBackend], str | None]:
+    def _open(
+        self, setting: str, options: GpuOptions, opened: Sequence[GpuBackend]
+    ) -> tuple[Sequence[GpuBackend], str | None]:
         self.opened.append((setting, options))
         return self.backends, self.missing
+
+    def _publish(self, box: MachineBox) -> None:
+        self.boxes.append(box)
+        self.published.set()
 
     async def look(self) -> MachineBox:
         box = await self.poller.look_once()
@@ -155,6 +171,54 @@ async def test_a_driver_that_is_loaded_later_is_found() -> None:
     assert [gpu.gpu for gpu in (await watched.look()).gpus] == ["0"]
 
 
+async def test_a_driver_that_is_loaded_after_another_one_is_found_and_changes_no_label() -> None:
+    other = Backend(GpuSeen("0", memory_total_bytes=GIB, memory_used_bytes=0))
+    watched = Watched(Backend(CARD), missing="only one driver")
+    assert [gpu.gpu for gpu in (await watched.look()).gpus] == ["0"]
+    watched.backends, watched.missing = (*watched.backends, other), None
+    watched.seconds += OPEN_AGAIN_EVERY_SECONDS
+    assert [gpu.gpu for gpu in (await watched.look()).gpus] == ["0", "test0"]
+    watched.seconds += OPEN_AGAIN_EVERY_SECONDS
+    await watched.look()
+    assert len(watched.opened) == 2, "nothing is missing any more"
+
+
+async def test_one_of_two_drivers_missing_is_told_and_no_failure_of_a_source(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    box = await Watched(Backend(CARD), missing="only one driver").look()
+    assert box.sources["gpu"].up is True
+    assert [record.getMessage() for record in caplog.records] == ["only one driver"]
+
+
+async def test_a_late_look_for_gpus_that_finds_none_leaves_no_source_behind() -> None:
+    go = threading.Event()
+    watched = Watched(missing="no GPU is watched: nothing is there", patient=0.05)
+    opened = watched.poller._open_gpus
+    watched.poller._open_gpus = lambda *given: opened(*given) if go.wait(60) else ((), None)
+    assert (await watched.look()).sources["gpu"].up is False
+    go.set()
+    while "gpu" in (await watched.look()).sources:
+        pass
+
+
+async def test_a_backend_that_raises_costs_its_own_gpus_and_nothing_else(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    broken, whole = Backend(CARD), Backend(GpuSeen("0", memory_total_bytes=GIB, memory_used_bytes=0))
+    watched = Watched(broken, whole)
+    broken.raises = AttributeError("/home/somebody/secret")
+    box = await watched.look()
+    assert [gpu.gpu for gpu in box.gpus] == ["test0"]
+    assert (box.sources["gpu"].up, box.host) == (False, HOST)
+    (record,) = caplog.records
+    assert "fault of kvscope (AttributeError at test_machine_poller.py" in record.getMessage()
+    assert "secret" not in record.getMessage()
+    broken.raises = None
+    assert [gpu.gpu for gpu in (await watched.look()).gpus] == ["0", "test0"]
+
+
 async def test_none_means_that_no_driver_is_touched() -> None:
     watched = Watched(Backend(CARD), gpu="none")
     box = await watched.look()
@@ -191,6 +255,55 @@ async def test_a_problem_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
         box = await watched.look()
     assert box.sources["gpu"].failures == 3
     assert [record.getMessage() for record in caplog.records] == ["GPU 0 is lost"]
+
+
+async def test_a_problem_that_was_away_for_long_is_news(caplog: pytest.LogCaptureFixture) -> None:
+    backend = Backend(CARD)
+    watched = Watched(backend)
+    for lost in (True, False, True):
+        backend.reading = GpuReading((), ("GPU 0 is lost",) if lost else ())
+        await watched.look()
+    assert len(caplog.records) == 1, "what comes and goes is not told each time"
+    watched.seconds += CALM_SECONDS
+    await watched.look()
+    assert len(caplog.records) == 2
+
+
+async def test_a_source_is_not_slow_because_the_other_one_is(
+    let_go: Callable[[Backend], threading.Event],
+) -> None:
+    backend = Backend(CARD)
+    let_go(backend)
+    watched = Watched(backend, patient=0.3, monotonic=time.monotonic)
+    duration = (await watched.look()).sources["host"].duration_seconds
+    assert duration is not None
+    assert duration < 0.2
+
+
+async def test_a_run_that_ends_closes_its_drivers_and_the_next_one_opens_them_anew() -> None:
+    backend = Backend(CARD)
+    watched = Watched(backend)
+    for _ in range(2):
+        run = asyncio.create_task(watched.poller.run())
+        await watched.published.wait()
+        watched.published.clear()
+        run.cancel()
+        await asyncio.wait([run])
+    assert (len(watched.opened), backend.closed) == (2, 2)
+
+
+async def test_a_driver_that_hangs_when_it_is_let_go_does_not_hold_up_the_end() -> None:
+    backend = Backend(CARD)
+    backend.hangs_at_end = threading.Event()
+    watched = Watched(backend)
+    run = asyncio.create_task(watched.poller.run())
+    await watched.published.wait()
+    began = time.monotonic()
+    run.cancel()
+    await asyncio.wait([run])
+    assert time.monotonic() - began < 1
+    assert backend.closed == 1
+    backend.hangs_at_end.set()
 
 
 async def test_load_lines_of_the_pretend_backend_part_a_servers_memory() -> None:

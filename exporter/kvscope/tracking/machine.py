@@ -32,36 +32,37 @@ class ServerOnMachine:
 class MachineLook:
     """One look at one of the machine's sources, or the news that it is late.
 
-    source: "gpu" or "host"; what belongs to the other one, or could not be read, is None. problem: one line
-    when it failed.
+    source: "gpu" or "host"; what belongs to the other one, or could not be read, is None. duration_seconds:
+    None while it is late. problems: one line for each thing that failed.
     """
 
     at: float
     monotonic: float
     source: str
-    duration_seconds: float
+    duration_seconds: float | None = None
     gpus: GpuReading | None = None
     servers: Sequence[ServerOnMachine] = ()
     host: HostSeen | None = None
     server_memory: Mapping[str, ProcessMemory] = field(default_factory=dict)
-    problem: str | None = None
+    problems: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Grown:
-    """A counter that somebody else keeps and may begin anew: what it showed last, and what it was before."""
+    """A counter that somebody else keeps and may begin anew.
 
-    last: float
-    before: float = 0.0
+    last: what it showed last; None where another one goes on under its name, whose past is not counted.
+    total: what it counted in all.
+    """
 
-    @property
-    def total(self) -> float:
-        """What it counted in all."""
-        return self.before + self.last
+    last: float | None
+    total: float
 
     def after(self, now: float) -> Grown:
         """Return it after it shows another value; a lower one began at 0."""
-        return Grown(now, self.total if now < self.last else self.before)
+        if self.last is None:
+            return Grown(now, self.total)
+        return Grown(now, self.total + (now - self.last if now >= self.last else now))
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,7 @@ class MachineHistory:
     server_memory: Mapping[str, ProcessMemory] = field(default_factory=dict)
     host_seen: float | None = None
     counters: Mapping[tuple[str, str], Grown] = field(default_factory=dict)
-    identities: Mapping[str, str | None] = field(default_factory=dict)
+    identities: Mapping[str, str] = field(default_factory=dict)
     sources: Mapping[str, SourceBox] = field(default_factory=dict)
 
 
@@ -100,6 +101,11 @@ def advance(history: MachineHistory, look: MachineLook) -> MachineHistory:
     if look.host is not None:
         history = _with_host(history, look, look.host)
     return history
+
+
+def without_source(history: MachineHistory, source: str) -> MachineHistory:
+    """Return the history without a source that turned out not to be there."""
+    return replace(history, sources={name: each for name, each in history.sources.items() if name != source})
 
 
 def box(history: MachineHistory, monotonic: float) -> MachineBox:
@@ -143,7 +149,7 @@ def _valid(history: MachineHistory, seen: float | None, monotonic: float) -> boo
 
 def _sources(history: MachineHistory, look: MachineLook) -> Mapping[str, SourceBox]:
     before = history.sources.get(look.source, SourceBox())
-    succeeded = look.problem is None
+    succeeded = not look.problems
     after = replace(
         before,
         up=succeeded,
@@ -159,11 +165,13 @@ def _with_gpus(history: MachineHistory, look: MachineLook, reading: GpuReading) 
     counters = dict(history.counters)
     identities = dict(history.identities)
     for seen in reading.gpus:
-        if identities.get(seen.gpu, seen.uuid) != seen.uuid:
-            # Another card under the same label counts from where the old one's counters ended.
-            for key in [key for key in counters if key[0] == seen.gpu]:
-                counters[key] = Grown(0.0, counters[key].total)
-        identities[seen.gpu] = seen.uuid
+        if seen.uuid is not None:
+            if identities.get(seen.gpu, seen.uuid) != seen.uuid:
+                # Another card under the same label counts from where the old one's counters ended: what it
+                # used in its life before is no growth.
+                for key in [key for key in counters if key[0] == seen.gpu]:
+                    counters[key] = replace(counters[key], last=None)
+            identities[seen.gpu] = seen.uuid
         now: dict[str, float] = {name: float(count) for name, count in seen.errors.items()}
         if seen.energy_joules is not None:
             now[_ENERGY] = seen.energy_joules
@@ -202,7 +210,7 @@ def _with_host(history: MachineHistory, look: MachineLook, host: HostSeen) -> Ma
 
 
 def _grown(counters: Mapping[tuple[str, str], Grown], key: tuple[str, str], value: float) -> Grown:
-    return counters[key].after(value) if key in counters else Grown(value)
+    return counters[key].after(value) if key in counters else Grown(value, value)
 
 
 def _total(history: MachineHistory, gpu: str, name: str) -> float | None:

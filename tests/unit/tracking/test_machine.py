@@ -125,7 +125,18 @@ def test_a_lost_card_loses_its_readings_and_keeps_its_counters() -> None:
 def test_another_card_under_the_same_label_counts_on_from_where_the_old_one_ended() -> None:
     machine = Machine()
     machine.see(card(energy_joules=100.0))
-    assert only(machine.see(card(uuid="GPU-new", energy_joules=900.0))).energy_joules == 1000.0
+    machine.see(card(uuid="GPU-new"))
+    assert only(machine.see(card(uuid="GPU-new", energy_joules=900.0))).energy_joules == 100.0
+    assert only(machine.see(card(uuid="GPU-new", energy_joules=950.0))).energy_joules == 150.0
+
+
+def test_a_uuid_that_is_unknown_for_a_while_is_no_other_card() -> None:
+    machine = Machine()
+    shown = [
+        only(machine.see(card(uuid=uuid, energy_joules=energy))).energy_joules
+        for uuid, energy in ((None, 100.0), ("GPU-a", 110.0), (None, 120.0), ("GPU-a", 130.0))
+    ]
+    assert shown == [100.0, 110.0, 120.0, 130.0]
 
 
 def test_readings_age_out_and_counters_stay() -> None:
@@ -154,7 +165,7 @@ def test_it_is_known_when_the_next_reading_ages_out(interval: float, expected: f
 def test_a_late_driver_is_a_source_that_is_down_and_costs_the_host_nothing() -> None:
     machine = Machine()
     machine.see(card())
-    shown = machine.look("gpu", problem="late")
+    shown = machine.look("gpu", problems=("late",))
     assert shown.sources["gpu"].up is False
     assert shown.sources["gpu"].failures == 1
     assert only(shown).seen is not None, "the last reading holds for a while"

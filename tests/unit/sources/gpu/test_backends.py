@@ -21,6 +21,7 @@ from tests.nvml.scripts import driver, gpu
 
 import kvscope.sources.gpu
 from kvscope.observed.gpu import GpuProcess, GpuReading, GpuSeen
+from kvscope.sources.gpu import open_backends
 from kvscope.sources.gpu.backend import BackendMissingError, GpuBackend, GpuOptions
 
 NAMES = sorted(
@@ -147,6 +148,63 @@ def test_a_machine_without_is_told_in_one_line(
         import_module(f"kvscope.sources.gpu.{name}").open_backend(options)
     assert re.fullmatch(r"\S.{10,200}", str(missing.value))
     assert str(tmp_path) not in str(missing.value)
+
+
+class Opened:
+    """A backend, or the module of one: what it raises it raises when it is opened."""
+
+    def __init__(self, name: str, raises: Exception | None = None) -> None:
+        self.name = name
+        self.raises = raises
+
+    def open_backend(self, _options: GpuOptions) -> Opened:
+        if self.raises is not None:
+            raise self.raises
+        return self
+
+    def look(self) -> GpuReading:
+        return GpuReading()
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def modules(monkeypatch: pytest.MonkeyPatch) -> dict[str, Opened]:
+    """The modules of backends by name, to be put others in their place."""
+    there = {name: Opened(name) for name in NAMES}
+    monkeypatch.setattr(kvscope.sources.gpu, "import_module", lambda name: there[name.rpartition(".")[2]])
+    return there
+
+
+def test_auto_opens_what_is_there_and_says_what_is_not(modules: dict[str, Opened]) -> None:
+    nvml, amdgpu = modules["nvml"], modules["amdgpu"]
+    assert open_backends("auto", GpuOptions()) == ([nvml, amdgpu], None)
+    nvml.raises = BackendMissingError("no driver")
+    assert open_backends("auto", GpuOptions()) == (
+        [amdgpu],
+        "GPUs are watched through amdgpu only: no driver",
+    )
+    amdgpu.raises = BackendMissingError("no card")
+    assert open_backends("auto", GpuOptions()) == ([], "no GPU is watched: no driver; no card")
+
+
+def test_a_backend_that_is_there_later_comes_behind_those_that_are_open(modules: dict[str, Opened]) -> None:
+    nvml, open_already = modules["nvml"], Opened("amdgpu")
+    assert open_backends("auto", GpuOptions(), [open_already]) == ([open_already, nvml], None)
+
+
+def test_a_backend_that_fails_to_open_costs_no_other(modules: dict[str, Opened]) -> None:
+    modules["nvml"].raises = ImportError("/home/somebody/secret")
+    found, missing = open_backends("auto", GpuOptions())
+    assert found == [modules["amdgpu"]]
+    assert missing is not None
+    assert "nvml fails by a fault of kvscope (ImportError at test_backends.py" in missing
+    assert "secret" not in missing
+
+
+def test_none_opens_nothing(modules: dict[str, Opened]) -> None:
+    assert open_backends("none", GpuOptions()) == ((), None)
 
 
 def check(reading: GpuReading) -> None:
