@@ -12,13 +12,13 @@ GPU = ("gpu",)
 
 
 def _each_gpu(value: Callable[[GpuBox], Value]) -> Readings:
-    """Readings labelled gpu."""
+    """Readings labelled gpu, without a time of creation: what a driver counts began before kvscope did."""
     return lambda snapshot: (
         reading
         for machine in (snapshot.machine,)
         if machine is not None
         for box in machine.gpus
-        for reading in spread((box.gpu,), value(box), machine.created_at)
+        for reading in spread((box.gpu,), value(box))
     )
 
 

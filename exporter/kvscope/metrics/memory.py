@@ -59,7 +59,8 @@ def _host_memory(snapshot: Snapshot) -> Iterator[Reading]:
 def _host_pressure(snapshot: Snapshot) -> Iterator[Reading]:
     machine = snapshot.machine
     if machine is not None:
-        yield from spread((), machine.pressure_seconds, machine.created_at)
+        # The kernel counts since boot: since when is not ours to say.
+        yield from spread((), machine.pressure_seconds)
 
 
 NEEDS = "model_file and process, or settings"

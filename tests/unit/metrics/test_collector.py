@@ -166,6 +166,13 @@ def test_a_histogram_is_cumulative_and_ends_with_its_count() -> None:
     assert series(only(full_box()), "kvscope_request_prefill_seconds_sum")[0][1] == 1900.5
 
 
+def test_what_driver_and_kernel_counted_before_kvscope_began_has_no_time_of_creation() -> None:
+    text = scrape(full_snapshot(), Format.OPENMETRICS)
+    for counter in ("kvscope_gpu_energy_joules", "kvscope_gpu_errors", "kvscope_host_pressure_seconds"):
+        assert f"{counter}_total" in text
+        assert f"{counter}_created" not in text
+
+
 def test_the_text_format_has_no_created_series() -> None:
     assert "_created" not in scrape(full_snapshot())
 
