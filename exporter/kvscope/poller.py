@@ -96,7 +96,7 @@ class Poller:
         self._pause_seconds = settings.idle_interval_seconds
         self._intervals: tuple[tuple[Source, float], ...] = ()
         self._restart_seen = False
-        self._slots_are_new = False
+        self._slots_are_new = self._model_may_be_new = False
         self._process: ServerProcess | None = None
         self._process_looked_at: float | None = None
         self._answers: list[SourceAnswer] = []
@@ -130,7 +130,7 @@ class Poller:
         self._failed_looks = self._failed_looks + 1 if after.state in _WORTH_BACKING_OFF else 0
         if after.restarts > before.restarts:
             # Another process may serve another model and offer other endpoints.
-            self._restart_seen = self._slots_are_new = True
+            self._restart_seen = self._slots_are_new = self._model_may_be_new = True
             self._metrics_offered = None
             self._metrics_failures = 0
         self._decide_how_long_to_wait()
@@ -428,8 +428,9 @@ class Poller:
             self._here = await asyncio.to_thread(is_here, self._server)
         served = self._served(props)
         due = self._model_asked_at is None or self._passed(self._model_asked_at, MODEL_EVERY_SECONDS)
-        if self._model_reading is None and (due or served != self._model_of or self._restart_seen):
+        if self._model_reading is None and (due or served != self._model_of or self._model_may_be_new):
             self._model_asked_at = self._monotonic()
+            self._model_may_be_new = False
             if served != self._model_of:
                 self._model, self._model_of = None, served
             self._model_reading = in_own_thread(lambda: self._model_file.read(served))

@@ -51,8 +51,8 @@ async def watch(caplog: pytest.LogCaptureFixture) -> AsyncIterator[Watch]:
     watched: list[Watched] = []
 
     def start(server: FakeServer, **how: Any) -> Watched:
-        told = server.settings(arguments=how.pop("arguments", None), sleep_idle=how.pop("sleep_idle", "off"))
-        watched.append(Watched(told, **how))
+        given, sleep_idle = how.pop("arguments", None), how.pop("sleep_idle", "off")
+        watched.append(Watched(server.settings(arguments=given, sleep_idle=sleep_idle), **how))
         return watched[-1]
 
     yield start
@@ -232,8 +232,9 @@ async def test_a_file_that_cannot_be_used_costs_the_bytes_only_and_is_told_once(
     assert box.slots[0].context_tokens == 100
     assert box.slots[0].kv_bytes is None
     assert (box.sources["model_file"].up, box.sources["model_file"].failures) == (False, 3)
-    told = [record.getMessage() for record in caplog.records if "model file" in record.getMessage()]
-    assert told == ["server main: the model file that the server names cannot be used: 'tiny.gguf' is empty"]
+    assert [line for line in told(caplog) if "model file" in line] == [
+        "server main: the model file that the server names cannot be used: 'tiny.gguf' is empty"
+    ]
 
 
 async def test_another_model_behind_the_same_address_is_never_shown_with_the_old_shape(
@@ -250,6 +251,40 @@ async def test_another_model_behind_the_same_address_is_never_shown_with_the_old
     assert box.kv_allocated is None
     assert [served.path for served in model.asked][-1] == "/models/of/somebody/other.gguf"
     assert all(box.kv_allocated is None for box in watched.boxes if box.model == "other")
+
+
+async def test_a_file_that_is_read_while_the_server_changes_its_model_tells_nothing_of_the_new_one(
+    server: FakeServer, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = SlowModel()
+    slow.may_go.set()
+    watched = watch(server, model_file=slow, arguments=SEPARATE)
+    await watched.look()
+    slow.may_go.clear()
+    monkeypatch.setattr("kvscope.poller.MODEL_PATIENCE_SECONDS", 0.01)
+    try:
+        box = await watched.watch(31)
+        assert box.kv_allocated is not None
+        server.props["model_path"] = "/models/other.gguf"
+        server.props["model_alias"] = "other"
+        await watched.watch(40)
+        assert watched.box.model == "other"
+        assert all(box.kv_allocated is None for box in watched.boxes if box.model == "other")
+    finally:
+        slow.may_go.set()
+
+
+async def test_a_new_process_may_serve_another_file_of_the_same_name(
+    server: FakeServer, watch: Watch
+) -> None:
+    model = ModelAtHand(MODEL)
+    watched = watch(server, model_file=model, arguments=SEPARATE)
+    await watched.look(2)
+    server.restart()
+    server.work(0, 9, 2)
+    await watched.look(3)
+    assert watched.box.restarts == 1
+    assert len(model.asked) == 2
 
 
 async def test_the_model_is_asked_for_twice_a_minute_and_no_more(server: FakeServer, watch: Watch) -> None:

@@ -14,7 +14,7 @@ import pytest
 from kvscope.observed.logged_memory import LoggedCache, LoggedContext, LoggedMemory
 from kvscope.observed.model import ContextSettings, ModelHeader, ModelSeen
 from kvscope.observed.server import ServerProps
-from kvscope.tracking.context import ServerMemory, joined, server_memory, unified
+from kvscope.tracking.context import ServerMemory, context_parameters, joined, server_memory, unified
 
 TOKEN_F16 = 1024
 TOKEN_Q8 = 544
@@ -188,6 +188,11 @@ def test_contexts_are_rounded_up_to_256_cells_a_slot() -> None:
     assert memory.limit_tokens == 1536
 
 
+def test_slots_left_to_the_server_in_words_are_four() -> None:
+    memory = server_memory(MODEL, None, said(context_tokens=4096, slots=-1), props(4, 4096))
+    assert memory.limit_tokens == 4096
+
+
 def test_a_build_that_runs_one_slot_when_none_is_asked_for_is_believed() -> None:
     memory = server_memory(MODEL, None, said(context_tokens=4096), props(1, 4096))
     assert memory.limit_tokens == 4096
@@ -246,6 +251,53 @@ def test_what_the_user_says_makes_up_for_what_cannot_be_told() -> None:
 
 
 # --- drafts -----------------------------------------------------------------------------------------
+
+
+def test_the_models_own_last_layers_draft_in_caches_of_f16_whatever_the_others_are() -> None:
+    drafting = ModelSeen(
+        ModelHeader(
+            "glm4moe",
+            {
+                "glm4moe.block_count": 5,
+                "glm4moe.nextn_predict_layers": 1,
+                "glm4moe.context_length": 65536,
+                "glm4moe.embedding_length": 128,
+                "glm4moe.attention.head_count": 4,
+                "glm4moe.attention.head_count_kv": 2,
+            },
+        )
+    )
+    asked = said(context_tokens=4096, cache_type_k="q8_0", cache_type_v="q8_0", draft_kinds=("draft-mtp",))
+    memory = server_memory(drafting, asked, None, props(4, 4096))
+    assert memory.caches == {(None, "full"): 4096 * (TOKEN_Q8 + TOKEN_F16 // 4)}
+    memory = server_memory(drafting, replace(asked, draft_cache_type_k="q8_0"), None, props(4, 4096))
+    assert memory.caches == {(None, "full"): 4096 * (TOKEN_Q8 + (TOKEN_F16 + TOKEN_Q8) // 8)}
+    # A draft model in a file of its own leaves the last layers alone.
+    memory = server_memory(drafting, replace(asked, draft_model="small.gguf"), None, props(4, 4096))
+    assert memory.caches == {(None, "full"): 4096 * TOKEN_Q8}
+
+
+@pytest.mark.parametrize(
+    ("settings", "snapshots"),
+    [
+        (said(draft_kinds=("draft-mtp",)), 3),
+        (said(draft_kinds=("ngram-mod", "draft-eagle3"), draft_tokens_max=5), 5),
+        (said(draft_kinds=("draft-mtp",), draft_tokens_max=0), 0),
+        (said(draft_kinds=("draft-simple", "ngram-mod"), draft_tokens_max=5), 0),
+        (said(draft_tokens_max=5), 0),
+    ],
+)
+def test_drafts_that_may_be_taken_back_keep_a_state_for_each_token(
+    settings: ContextSettings, snapshots: int
+) -> None:
+    assert context_parameters(settings, 4096, 1).rollback_snapshots == snapshots
+
+
+def test_how_much_is_drafted_matters_only_where_something_drafts() -> None:
+    process = said(context_tokens=4096, unreadable=("draft_tokens_max",))
+    assert server_memory(MODEL, None, process, props(4, 4096)).known
+    drafting = replace(process, draft_kinds=("draft-eagle3",))
+    assert not server_memory(MODEL, None, drafting, props(4, 4096)).known
 
 
 def test_a_draft_model_of_its_own_is_said_to_be_left_out() -> None:
