@@ -158,6 +158,57 @@ def test_everything_of_a_server_can_stand_in_the_file(check: Callable[..., str],
     assert "server metrics: off" in out
 
 
+@pytest.mark.parametrize(
+    ("arguments", "env", "shown"),
+    [
+        ((), {}, "GPUs: auto; they and the host: every 2 s"),
+        (("--gpu", "pretend:game"), {"KVSCOPE_GPU": "none"}, "GPUs: pretend:game;"),
+        (
+            (),
+            {"KVSCOPE_GPU": "none", "KVSCOPE_GPU_INTERVAL": "1"},
+            "GPUs: none; they and the host: every 1 s",
+        ),
+        (("--gpu", "pretend:~/card.toml"), {}, "GPUs: pretend:card.toml;"),
+    ],
+)
+def test_which_gpus_are_read(
+    check: Callable[..., str], tmp_path: Path, arguments: tuple[str, ...], env: Mapping[str, str], shown: str
+) -> None:
+    (tmp_path / "card.toml").write_text("[[cards]]\nmemory_total_mib = 8192\n")
+    assert shown in check(*arguments, env=env)
+
+
+def test_a_settings_file_names_a_gpu_script_as_seen_from_its_own_folder(
+    check: Callable[..., str], run: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "card.toml").write_text("[[cards]]\nmemory_total_mib = 8192\n")
+    file = settings_file(tmp_path, 'gpu = "pretend:card.toml"\ngpu_interval = 5\ngpu_pcie = true\n')
+    assert "GPUs: pretend:card.toml; they and the host: every 5 s" in check("--config", file)
+    code, out, _ = run("serve", "--once", "--config", file, "--server", "http://127.0.0.1:1")
+    assert code == 0
+    assert 'kvscope_gpu_memory_total_bytes{gpu="pretend0"} 8.589934592e+09' in out
+
+
+@pytest.mark.parametrize(
+    ("gpu", "reason"),
+    [
+        ("nvidia", "'nvidia' is no kind of GPU: write auto, nvml, amdgpu, none, pretend or pretend:FILE"),
+        ("nvml:x", "'nvml:x' is no kind of GPU"),
+        ("pretend:", "'pretend:' is no kind of GPU"),
+        ("pretend:gmae", "'gmae' cannot be read (No such file or directory): give one of default, game, "),
+        ("pretend:bad.toml", "'bad.toml': cards[0].memory_total_mib is 'much', no number"),
+    ],
+)
+def test_gpus_that_cannot_be_read_are_refused_at_the_start(
+    refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: str, reason: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.toml").write_text('[[cards]]\nmemory_total_mib = "much"\n')
+    assert reason in refused("--gpu", gpu)
+    assert reason in refused("--config", settings_file(tmp_path, f'gpu = "{gpu}"\n'))
+    assert reason in refused(env={"KVSCOPE_GPU": gpu})
+
+
 def test_options_add_to_what_the_file_says_of_the_same_server(
     check: Callable[..., str], tmp_path: Path
 ) -> None:

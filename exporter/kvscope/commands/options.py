@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -20,6 +21,7 @@ from kvscope.commands.settings_file import (
     ServerTable,
     SettingsFile,
     default_settings_file,
+    gpu_backend,
     key_from,
     path_of,
     read_settings_file,
@@ -174,7 +176,7 @@ def server_options(command: Command) -> Command:
             "--gpu",
             envvar="KVSCOPE_GPU",
             metavar="|".join(written.GPU_BACKENDS) + "[:FILE]",
-            type=Written("gpu", written.gpu_backend),
+            type=Written("gpu", lambda text: gpu_backend(text, Path())),
             default=_DEFAULTS.gpu,
             show_default=True,
             help="How GPUs are read; auto takes what is there. pretend shows made-up ones by a script.",

@@ -66,12 +66,15 @@ def serve(ctx: click.Context, /, *, once: bool, check_config: bool, **_: object)
 def summary(chosen: Chosen) -> str:
     """Return what would be watched, a line for each thing, without secrets."""
     settings = chosen.settings
+    backend, colon, script = settings.gpu.partition(":")
     lines = [
         f"settings file: {chosen.file or 'none'}",
         f"listen: http://{host_and_port(settings.listen_host, settings.listen_port)}/metrics",
         f"looks: every {settings.busy_interval_seconds:g} s while busy, "
         f"{settings.idle_interval_seconds:g} s while idle",
         f"server metrics: {'on' if settings.server_metrics else 'off'}",
+        f"GPUs: {backend}{colon}{Path(script).name}; they and the host: every "
+        f"{settings.gpu_interval_seconds:g} s",
     ]
     lines += [
         f"model folder: {there} is {shown_path(Path(here))} here" for there, here in settings.model_path_map

@@ -16,6 +16,8 @@ from typing import Any
 from kvscope import settings as written
 from kvscope.observed.model import ContextSettings
 from kvscope.settings import SettingsError
+from kvscope.sources.gpu.backend import BackendMissingError
+from kvscope.sources.gpu.pretend import built_in_scripts, read_script
 from kvscope.sources.server_arguments import ArgumentsError, context_settings
 
 LARGEST_SETTINGS_FILE_BYTES = 1_000_000
@@ -96,7 +98,7 @@ def read_settings_file(path: Path) -> SettingsFile:
     for key in _PLAIN_KEYS:
         if key in content:
             with _told(f"{shown}: {key}"):
-                plain[key] = _plain(key, content[key])
+                plain[key] = _plain(key, content[key], path.parent)
     sleep_idle = None
     if "sleep_idle" in content:
         with _told(f"{shown}: sleep_idle"):
@@ -138,6 +140,23 @@ def refuse_bad_certificates(path: Path) -> None:
         ) from None
     except OSError as error:
         raise SettingsError(_cannot_read("CA file", path, error)) from None
+
+
+def gpu_backend(text: str, folder: Path) -> str:
+    """Return the value of --gpu, the file of its script as seen from folder.
+
+    Raises SettingsError also for a script that cannot be read or played.
+    """
+    name, colon, script = written.gpu_backend(text).partition(":")
+    if not colon:
+        return text
+    if script not in built_in_scripts():
+        script = str(folder / path_of(script))
+    try:
+        read_script(script)
+    except BackendMissingError as error:
+        raise SettingsError(str(error)) from None
+    return f"{name}:{script}"
 
 
 def path_of(text: str) -> Path:
@@ -248,12 +267,12 @@ def _headers(value: object) -> dict[str, str]:
     return headers
 
 
-def _plain(key: str, value: object) -> object:
+def _plain(key: str, value: object, folder: Path) -> object:
     """Return the value of a key that stands outside the server tables."""
     if key == "listen":
         return written.listen_address(_text(value))
     if key == "gpu":
-        return written.gpu_backend(_text(value))
+        return gpu_backend(_text(value), folder)
     if key in ("busy_interval", "idle_interval", "gpu_interval"):
         return written.interval_seconds(_text_or_number(value))
     if key in ("server_metrics", "gpu_pcie"):
