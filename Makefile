@@ -2,14 +2,14 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint tools truth allocator bench docs pictures clean
+.PHONY: help demo test lint tools truth allocator bench docs dashboards pictures clean
 
 IN_VENV := .venv/bin/
 PYTHON := $(IN_VENV)python
 PIP_INSTALL := $(PYTHON) -m pip install --quiet --disable-pip-version-check --editable
 
 help: ## say what can be made
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo 'Arguments are given like this: make demo ARGS="--turns 3"'
 
 demo: .venv/.demo-installed ## watch a real llama.cpp server with a tiny model in the terminal
@@ -19,8 +19,8 @@ test: lint ## run every test
 	$(PYTHON) -m pytest $(ARGS)
 
 lint: .venv/.dev-installed ## check style, types and which room imports which
-	$(IN_VENV)ruff check exporter tests
-	$(IN_VENV)ruff format --check exporter tests
+	$(IN_VENV)ruff check exporter dashboards tests
+	$(IN_VENV)ruff format --check exporter dashboards tests
 	$(IN_VENV)mypy
 	$(IN_VENV)lint-imports --no-logo
 
@@ -47,12 +47,15 @@ docs: .venv/.dev-installed ## write docs/METRICS.md from the metric rows
 	$(PYTHON) -m kvscope.metrics.document > docs/METRICS.new
 	mv docs/METRICS.new docs/METRICS.md
 
+dashboards: .venv/.dev-installed ## write dashboards/generated from the pages in dashboards/
+	$(PYTHON) -m dashboards
+
 pictures: .venv/.pictures-installed ## draw the pictures of docs/pictures that come from figures
 	$(PYTHON) docs/pictures/growth.py
 
 clean: ## remove everything that make made
 	rm -rf .venv .tools .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
-	find exporter tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find exporter dashboards tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.dev-installed: pyproject.toml | $(PYTHON)
 	@echo 'installing kvscope with what its tests need into .venv'
