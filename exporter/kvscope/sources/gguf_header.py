@@ -91,16 +91,20 @@ def read_header(path: Path) -> ModelHeader:
 def has_weights(path: Path) -> bool:
     """Return whether a model's weights follow its header, in every part of a split one.
 
-    False for a file that ends before its last tensor begins: its size is not that of the weights.
-    Raises HeaderError and OSError as read_header does.
+    False for a file that ends before its last tensor begins, and where a further part is missing or no
+    GGUF file: its size is not that of the weights. Raises HeaderError and OSError for path itself.
     """
     allowance = _Allowance()
     part = _read_part(path, allowance)
-    for each in _parts_of(path, part, _parts(path)):
-        described = part if each == path else _read_part(each, allowance)
-        if not _goes_on_to_its_last_tensor(each, described, allowance):
-            return False
-    return True
+    if not _goes_on_to_its_last_tensor(path, part, allowance):
+        return False
+    others = (each for each in _parts_of(path, part, _parts(path)) if each != path)
+    try:
+        return all(
+            _goes_on_to_its_last_tensor(each, _read_part(each, allowance), allowance) for each in others
+        )
+    except (OSError, HeaderError):
+        return False
 
 
 def header_identity(path: Path) -> tuple[FileIdentity | None, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.gguf_files import llama, number, tensor, write
+from tests.gguf_files import llama, number, split_keys, tensor, write, write_parts
 
 from kvscope.demo.tiny_model import write_tiny_model
 from kvscope.sources.gguf_header import HeaderError, has_weights
@@ -40,6 +40,19 @@ def test_a_header_that_ends_among_its_tensors_has_none(tmp_path: Path) -> None:
 def test_what_is_no_header_is_refused(tmp_path: Path) -> None:
     with pytest.raises(HeaderError):
         has_weights(write(tmp_path / "no.gguf", b"no model"))
+
+
+def test_a_split_model_has_them_in_all_parts_or_not_at_all(tmp_path: Path) -> None:
+    contents = [llama(*split_keys(part, 3), tensors=TENSORS) + bytes(1000) for part in range(3)]
+    first, _, last = write_parts(tmp_path, "model", contents)
+    assert has_weights(first)
+    assert has_weights(last)
+    write(last, contents[2][:-1000])
+    assert not has_weights(first)
+    write(last, b"still being downloaded")
+    assert not has_weights(first)
+    last.unlink()
+    assert not has_weights(first)
 
 
 def test_a_model_named_like_a_part_is_asked_alone(tmp_path: Path) -> None:
