@@ -408,7 +408,8 @@ class _Device:
             try:
                 event = pynvml.nvmlEventSetWait_v2(events, 0)
             except pynvml.NVMLError as error:
-                if error.value == pynvml.NVML_ERROR_TIMEOUT:
+                # What came before the error counts: XID 79 is the last that a lost GPU tells.
+                if error.value == pynvml.NVML_ERROR_TIMEOUT or count:
                     break
                 self.refuse("nvmlEventSetWait_v2", error)
                 return None

@@ -678,6 +678,20 @@ def test_a_gpu_without_ecc_counts_xid_errors_alone(nvml: StandIn) -> None:
     assert looked(nvml, {("nvmlDeviceGetTotalEccErrors", 0): "- - - -"}).gpus[0].errors == {"xid": 0}
 
 
+def test_the_xid_error_that_a_lost_gpu_tells_last_is_counted(nvml: StandIn) -> None:
+    clock = Clock()
+    nvml.script(two())
+    backend = NvmlBackend(PCIE, clock)
+    backend.look()
+    # Two counts of ECC errors, the event, then no answer any more.
+    nvml.script({**two({("nvmlEventSetWait_v2", 1): "79"}), ("lost", 1): 3})
+    assert [seen.gpu for seen in backend.look().gpus] == ["0"]
+    nvml.script(two())
+    clock.now += 5
+    assert backend.look().gpus[1].errors["xid"] == 1
+    backend.close()
+
+
 def test_each_xid_error_counts_once(backend: NvmlBackend, nvml: StandIn) -> None:
     counted = []
     for xids in ("", "13 31 79", "", "43"):
