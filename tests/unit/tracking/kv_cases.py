@@ -25,9 +25,9 @@ KINDS = {
 
 
 def read_cases(path: Path) -> list[dict[str, Any]]:
-    """Return the cases of a .jsonl or .jsonl.gz file."""
+    """Return the cases of a .jsonl or .jsonl.gz file, whatever it is called."""
     content = path.read_bytes()
-    if path.suffix == ".gz":
+    if content.startswith(b"\x1f\x8b"):
         content = gzip.decompress(content)
     return [json.loads(line) for line in content.splitlines() if line.strip()]
 
@@ -53,7 +53,7 @@ def case_parameters(settings: Mapping[str, Any]) -> ContextParameters:
         cache_type_k=settings.get("type_k", "f16"),
         cache_type_v=settings.get("type_v", "f16"),
         swa_full=settings.get("swa_full", False),
-        flash_attention=settings.get("flash_attn", "auto") != "off",
+        flash_attention=settings.get("flash_attn", "auto") not in ("off", "disabled", False, 0),
         rollback_snapshots=settings.get("n_rs_seq", 0),
         draft=settings.get("mtp", False),
     )
