@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -76,6 +76,7 @@ class MachinePoller:
         self._backends: Sequence[GpuBackend] = ()
         self._opened_at: float | None = None
         self._pids: Mapping[str, int] = {}
+        self._asleep: Collection[str] = ()
         self._gpu_reading: asyncio.Future[tuple[Sequence[GpuReading], float]] | None = None
         self._host_reading: asyncio.Future[tuple[HostReading, float]] | None = None
         self._missing: str | None = None
@@ -100,6 +101,7 @@ class MachinePoller:
         """Look once at GPUs and host, publish the machine's box and return it."""
         servers = self._servers()
         self._pids = {each.server: each.pid for each in servers if each.pid is not None}
+        self._asleep = {each.server for each in servers if each.load.asleep}
         if self._settings.gpu != "none" and self._gpu_reading is None:
             self._gpu_reading = in_own_thread(lambda: self._timed(self._read_gpus))
         if self._host_reading is None:
@@ -133,6 +135,7 @@ class MachinePoller:
                 options = GpuOptions(
                     pcie_throughput=self._settings.gpu_pcie_throughput,
                     server_pids=lambda: self._pids,
+                    asleep=lambda: self._asleep,
                 )
                 self._backends, self._missing = self._open_gpus(self._settings.gpu, options, self._backends)
         first, *others = self._backends or (None,)

@@ -137,6 +137,15 @@ async def test_a_server_whose_process_is_out_of_sight_has_no_memory_figures() ->
     assert box.gpus[0].server_bytes == {}
 
 
+async def test_backends_are_told_which_process_is_whose_and_who_sleeps() -> None:
+    awake, asleep = SERVER, ServerOnMachine("far", None, ServerLoad(asleep=True))
+    watched = Watched(Backend(CARD), servers=(awake, asleep))
+    await watched.look()
+    ((_, options),) = watched.opened
+    assert options.server_pids() == {"main": 7}
+    assert set(options.asleep()) == {"far"}
+
+
 async def test_two_backends_are_read_side_by_side_and_no_label_stands_for_two_cards() -> None:
     other = GpuSeen("0", memory_total_bytes=GIB, memory_used_bytes=0)
     box = await Watched(Backend(CARD), Backend(other)).look()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -20,13 +20,14 @@ class GpuOptions:
 
     root: where the file systems /sys and /proc lie. pcie_throughput: read it too, though it is slow.
     script: of the pretend backend: a built-in script's name or a file. server_pids: by server name, its
-    process at present.
+    process at present. asleep: the names of those that gave their memory back.
     """
 
     root: Path = Path("/")
     pcie_throughput: bool = False
     script: str | None = None
     server_pids: Callable[[], Mapping[str, int]] = field(default=dict)
+    asleep: Callable[[], Collection[str]] = field(default=frozenset)
 
 
 class GpuBackend(Protocol):

@@ -4,8 +4,8 @@ A script is a TOML file. `[[cards]]`: memory_total_mib, memory_reserved_mib and 
 and `_CLOCKS`; away: spans [from, to] of seconds in which the card is lost. `[[actors]]`: either a process
 (its name, card and memory_mib), or a server (a watched server's name, `*` for every other one) with the
 load_lines that llama.cpp's log would print: what they allocate on a card, and rest_mib beside it, is what
-the server's process holds of it. A figure is a number, points [second, value] with straight lines between
-them, or {points, repeat_seconds}. Seconds count from the opening of the backend.
+the server's process holds of it; rest_mib alone while it sleeps. A figure is a number, points [second, value]
+with straight lines between them, or {points, repeat_seconds}. Seconds count from the opening of the backend.
 
 Card n is `pretendn`, at PCI id ffff:0n:00.0, where no real card can be.
 """
@@ -101,11 +101,15 @@ class Program:
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """What a watched server's process holds, by card, and what its log says of its load."""
+    """What a watched server's process holds, by card, and what its log says of its load.
+
+    rest_bytes: what it holds of each of these cards while it sleeps.
+    """
 
     server: str
     load_lines: tuple[str, ...]
     memory_bytes: Mapping[int, int]
+    rest_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,11 +125,10 @@ class PretendBackend:
 
     name = "pretend"
 
-    def __init__(
-        self, script: Script, server_pids: Callable[[], Mapping[str, int]], clock: Callable[[], float]
-    ) -> None:
+    def __init__(self, script: Script, options: GpuOptions, clock: Callable[[], float]) -> None:
         self._script = script
-        self._server_pids = server_pids
+        self._server_pids = options.server_pids
+        self._asleep = options.asleep
         self._clock = clock
         self._started = clock()
 
@@ -190,11 +193,15 @@ class PretendBackend:
         self, number: int, second: float, servers: Mapping[str, tuple[int, Server]]
     ) -> Sequence[GpuProcess]:
         wanted = []
+        asleep = {servers[name][0] for name in self._asleep() if name in servers}
         for actor in self._script.actors:
             if isinstance(actor, Server):
                 pids = {pid for pid, each in servers.values() if each is actor}
                 size = actor.memory_bytes.get(number, 0)
-                wanted += [GpuProcess(pid, _SERVER_PROGRAM, size) for pid in sorted(pids)]
+                rest = min(size, actor.rest_bytes)
+                wanted += [
+                    GpuProcess(pid, _SERVER_PROGRAM, rest if pid in asleep else size) for pid in sorted(pids)
+                ]
             elif actor.card == number:
                 wanted.append(GpuProcess(None, actor.name, round(actor.memory_bytes.at(second))))
         return wanted
@@ -205,7 +212,7 @@ def open_backend(options: GpuOptions, clock: Callable[[], float] = time.monotoni
 
     Raises BackendMissingError, naming file and key, for a script that is not there or says nonsense.
     """
-    return PretendBackend(read_script(options.script or _DEFAULT), options.server_pids, clock)
+    return PretendBackend(read_script(options.script or _DEFAULT), options, clock)
 
 
 def built_in_scripts() -> tuple[str, ...]:
@@ -406,7 +413,7 @@ def _actor(where: str, table: Any, cards: int) -> Program | Server:
                 f"{where}load_lines tell of no finished load on a card ({_pci_id(0)} to {_pci_id(cards - 1)})"
             )
         held = {card: size + told["rest_mib"] for card, size in sizes.items()}
-        return Server(told["server"], told["load_lines"], held)
+        return Server(told["server"], told["load_lines"], held, told["rest_mib"])
     told = _read(where, table, _PROGRAM, {"process", "memory_mib"})
     card = told.get("card", 0)
     if card >= cards:

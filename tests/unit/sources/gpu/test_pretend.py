@@ -179,6 +179,20 @@ def test_only_a_server_with_a_real_process_holds_memory() -> None:
     assert sorted(both.load_lines) == ["main", "other", "same process"]
 
 
+def test_a_server_that_sleeps_holds_no_more_than_its_programs_rest() -> None:
+    options = GpuOptions(server_pids=lambda: {"main": 1, "other": 2}, asleep=lambda: {"main", "gone"})
+    (gpu,) = open_backend(options, Clock()).look().gpus
+    rest = 412 * MIB
+    assert {each.pid: each.memory_bytes for each in gpu.processes or () if each.pid} == {
+        1: rest,
+        2: pytest.approx(rest + (WEIGHTS + KV + COMPUTE) * MIB),
+    }
+    sizes = server_sizes_on(gpu, [gpu], 1, ServerLoad(asleep=True))
+    shared = budget(gpu, [ServerClaim("main", 1, sizes)])
+    assert shared is not None
+    assert [shared.bytes_of(kind, "main") for kind in ("kv", "server_rest")] == [0, rest]
+
+
 CARD = "[[cards]]\nmemory_total_mib = 100\n"
 LINES = "\n".join(read_script("default").actors[0].load_lines)  # type: ignore[union-attr]
 
@@ -189,7 +203,8 @@ def test_a_servers_own_part_goes_before_that_of_every_other() -> None:
         f"[[actors]]\nserver = '{server}'\nrest_mib = 0\nload_lines = '''{lines}'''\n"
         for server, lines in (("*", LINES), ("main", other))
     )
-    backend = PretendBackend(parse_script(script, "own.toml"), lambda: {"main": 1, "second": 2}, Clock())
+    options = GpuOptions(server_pids=lambda: {"main": 1, "second": 2})
+    backend = PretendBackend(parse_script(script, "own.toml"), options, Clock())
     held = {each.pid: each.memory_bytes for each in backend.look().gpus[0].processes or ()}
     assert held == {1: round((1000 + KV + COMPUTE) * MIB), 2: pytest.approx((WEIGHTS + KV + COMPUTE) * MIB)}
 
@@ -203,7 +218,7 @@ def test_points_are_joined_by_straight_lines_and_repeat() -> None:
 
 def test_energy_is_the_power_over_time_and_never_goes_back() -> None:
     script = CARD + "power_watts = {points = [[10, 20], [20, 40]], repeat_seconds = 30}"
-    backend = PretendBackend(parse_script(script, "x.toml"), dict, clock := Clock())
+    backend = PretendBackend(parse_script(script, "x.toml"), GpuOptions(), clock := Clock())
     # 10 s of 20 W, 10 s of 30 W in the mean, 10 s of 40 W; then anew.
     for second, joules in {0: 0, 10: 200, 15: 325, 20: 500, 30: 900, 40: 1100, 60: 1800}.items():
         clock.now = 1000.0 + second
@@ -308,7 +323,7 @@ def test_whatever_a_card_is_said_to_be_it_is_taken_or_refused_in_one_line(card: 
     text = "[[cards]]\n" + "".join(f"{key} = {toml(value)}\n" for key, value in card.items())
     refused = None
     try:
-        PretendBackend(parse_script(text, "any.toml"), dict, Clock()).look()
+        PretendBackend(parse_script(text, "any.toml"), GpuOptions(), Clock()).look()
     except BackendMissingError as problem:
         refused = str(problem)
     assert refused is None or "\n" not in refused
