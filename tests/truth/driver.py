@@ -127,7 +127,7 @@ class Server:
         status, reply = await self.post("/completion", _body(prompt, generate, **more))
         if status != 200:
             raise DidNotHappen(f"/completion answered {status}: {str(reply)[:200]}")
-        return [_answer(tuple(prompt), one) for one in (reply if isinstance(reply, list) else [reply])]
+        return [answer_of(tuple(prompt), one) for one in (reply if isinstance(reply, list) else [reply])]
 
     async def stream(self, prompt: Sequence[int], generate: int, chunks: int) -> None:
         """Read so many chunks of a stream, then leave: the connection is closed."""
@@ -181,7 +181,8 @@ def _body(prompt: Sequence[int], generate: int, **more: Any) -> dict[str, Any]:
     return body | more
 
 
-def _answer(prompt: Tokens, reply: Mapping[str, Any]) -> Answer:
+def answer_of(prompt: Tokens, reply: Mapping[str, Any]) -> Answer:
+    """Return what the reply to a completion says of it."""
     timings = reply["timings"]
     return Answer(
         slot=reply["id_slot"],
