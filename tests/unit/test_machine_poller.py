@@ -256,6 +256,21 @@ async def test_a_driver_that_hangs_delays_nothing_else_and_its_figures_age_out(
     assert watched.boxes[-1].gpus[0].seen == CARD
 
 
+async def test_figures_that_age_out_are_taken_back_without_another_look(
+    let_go: Callable[[Backend], threading.Event],
+) -> None:
+    backend = Backend(CARD)
+    watched = Watched(backend, patient=0.05)
+    await watched.look()
+    let_go(backend)
+    watched.seconds = 1009.99
+    assert (await watched.look()).gpus[0].seen == CARD
+    watched.published.clear()
+    watched.seconds = 1010.01
+    await asyncio.wait_for(watched.published.wait(), 5)
+    assert watched.boxes[-1].gpus == ()
+
+
 async def test_a_problem_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     backend = Backend()
     backend.reading = GpuReading((), ("GPU 0 is lost",))
