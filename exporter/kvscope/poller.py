@@ -452,10 +452,10 @@ class Poller:
         away = history.state not in STATES_UP or history.state is ServerState.LOADING
         if away or history.props is None or self._model_reading is not None or self._model_problem:
             return  # of a server that is gone there is nothing to read, and no setting would help
-        if history.memory.problem is not None:
-            self._words.tell_once(logging.INFO, history.memory.problem)
         for warning in history.memory.warnings:
             self._words.tell_once(logging.WARNING, warning)
+        if history.memory.problem is not None:
+            self._words.tell_once(logging.INFO, history.memory.problem)
         for remark in history.memory.remarks:
             self._words.tell_once(logging.INFO, remark)
 
@@ -467,6 +467,7 @@ class Poller:
             directory=process.working_directory if process else None,
             here=process is not None or bool(self._here),
             process_seen=process is not None,
+            started_at=process.started_at if process else None,
         )
 
     def _check_process(self) -> None:

@@ -9,8 +9,10 @@ from typing import NamedTuple
 
 from kvscope.observed.model import ModelSeen
 from kvscope.settings import ServerSettings
-from kvscope.sources.gguf_header import HeaderError, has_weights, header_identity, read_header
+from kvscope.sources.gguf_header import FileIdentity, HeaderError, has_weights, header_identity, read_header
 from kvscope.sources.model_shape import ShapeFileError, read_shape
+
+FileIdentities = tuple[FileIdentity | None, ...]
 
 
 class ModelFileError(Exception):
@@ -21,12 +23,14 @@ class Served(NamedTuple):
     """Where a server found its model: the path it names, and the folder where a relative one begins.
 
     here: it answers on this machine. process_seen: its process is in sight, so its paths are ours.
+    started_at: Unix seconds; a file that was replaced since then is not the one it loaded.
     """
 
     path: str | None
     directory: str | None = None
     here: bool = False
     process_seen: bool = False
+    started_at: float | None = None
 
 
 class ModelFile:
@@ -35,7 +39,7 @@ class ModelFile:
     def __init__(self, server: ServerSettings, path_map: Sequence[tuple[str, str]] = ()) -> None:
         self._server = server
         self._path_map = sorted(path_map, key=lambda pair: len(pair[0]), reverse=True)
-        self._last: tuple[Path, object, ModelSeen] | None = None
+        self._last: tuple[Path, FileIdentities, ModelSeen | str] | None = None
 
     @property
     def named(self) -> bool:
@@ -50,14 +54,18 @@ class ModelFile:
         is_shape = bool(self._server.kv_shape)
         try:
             identity = header_identity(path)
-            if self._last is not None and self._last[:2] == (path, identity):
-                return self._last[2]
+            last = self._known(path, identity, served.started_at)
+            if isinstance(last, str):
+                raise ModelFileError(last)
+            if last is not None:
+                return last
             header = read_shape(path) if is_shape else read_header(path)
             if not is_shape and not has_weights(path):
                 header = replace(header, file_bytes=None)  # a header alone is no measure of the weights
         except (HeaderError, ShapeFileError) as error:
-            self._last = None
-            raise ModelFileError(f"the {self._what()} cannot be used: {error}") from None
+            problem = f"the {self._what()} cannot be used: {error}"
+            self._last = (path, identity, problem)
+            raise ModelFileError(problem) from None
         except OSError as error:
             self._last = None
             if not certain:
@@ -68,6 +76,17 @@ class ModelFile:
         seen = ModelSeen(header, given=self.named)
         self._last = (path, identity, seen)
         return seen
+
+    def _known(
+        self, path: Path, identity: FileIdentities, started_at: float | None
+    ) -> ModelSeen | str | None:
+        """What was read of this very file, or of the one that lay there when the server loaded it."""
+        if self._last is None or self._last[0] != path:
+            return None
+        _, last_identity, last = self._last
+        newest = max((part[-1] for part in identity if part is not None), default=0) / 1e9
+        replaced_since = started_at is not None and newest > started_at and isinstance(last, ModelSeen)
+        return last if identity == last_identity or replaced_since else None
 
     def _path(self, served: Served) -> tuple[Path | None, bool]:
         """The file, and whether it must be there: a container's own paths are not."""

@@ -80,6 +80,10 @@ class ServerMemory:
         return None if self.bytes_per_token is None else round(self.bytes_per_token * tokens)
 
 
+class _Contradicted(Exception):
+    """The running server shows other settings than those that were read, in one line."""
+
+
 class _NotTold(Exception):
     """What stands in the way, in one line."""
 
@@ -224,6 +228,9 @@ def _by_formula(
         main = kv_memory(model.header, parameters)
         _refuse_contradiction(main, parameters, props, _most_of_a_slot(main, model.header, settings))
         draft = _draft(model.header, parameters, settings)
+    except _Contradicted as problem:
+        words = f"{_LEFT_OUT}: {problem}"
+        return ServerMemory(warnings=(words,), problem=words)
     except (_NotTold, ShapeError) as problem:
         return ServerMemory(problem=f"{_LEFT_OUT}: {problem}")
     caches: dict[tuple[str | None, str | None], int] = {}
@@ -375,13 +382,13 @@ def _refuse_contradiction(
     if props is None:
         return
     if props.total_slots not in (None, parameters.sequences):
-        raise _NotTold(
+        raise _Contradicted(
             f"it has {props.total_slots} slots, its arguments as they were read mean {parameters.sequences}: "
             "give the right ones with --server-args"
         )
     limit = props.context_limit_tokens
     if limit and main.memory_class != "none" and not most <= limit <= main.sequence_context_tokens:
-        raise _NotTold(
+        raise _Contradicted(
             f"a slot of it holds {limit} tokens, its arguments as they were read mean {most}: "
             "give the right ones with --server-args"
         )

@@ -10,8 +10,9 @@ import pytest
 from tests.gguf_files import llama, number, write
 
 from kvscope.demo.tiny_model import write_tiny_model
-from kvscope.observed.model import ModelSeen
+from kvscope.observed.model import ModelHeader, ModelSeen
 from kvscope.settings import ServerSettings
+from kvscope.sources import model_file
 from kvscope.sources.gguf_header import read_header
 from kvscope.sources.model_file import ModelFile, ModelFileError, Served
 from kvscope.sources.model_shape import shape_document
@@ -131,3 +132,36 @@ def test_a_file_that_comes_back_is_read_again(model: Path) -> None:
         source.read(seen_at(model))
     model.write_bytes(content)
     assert layers(source.read(seen_at(model))) == 4
+
+
+def test_a_file_that_cannot_be_used_is_read_once_until_it_changes(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[Path] = []
+
+    def counted(path: Path) -> ModelHeader:
+        reads.append(path)
+        return read_header(path)
+
+    monkeypatch.setattr(model_file, "read_header", counted)
+    source = ModelFile(ServerSettings("main"))
+    content = model.read_bytes()
+    model.write_bytes(b"not a model")
+    for _ in range(3):
+        with pytest.raises(ModelFileError, match="cannot be used"):
+            source.read(seen_at(model))
+    assert len(reads) == 1
+    model.write_bytes(content)
+    assert layers(source.read(seen_at(model))) == 4
+
+
+def test_a_file_replaced_under_a_running_server_is_not_the_one_it_loaded(model: Path) -> None:
+    source = ModelFile(ServerSettings("main"))
+    os.utime(model, (1000, 1000))
+    first = source.read(seen_at(model, started_at=1500.0))
+    write(model, llama(number("llama.more", "u32", 1)))
+    os.utime(model, (2000, 2000))
+    assert source.read(seen_at(model, started_at=1500.0)) is first
+    restarted = source.read(seen_at(model, started_at=2500.0))
+    assert restarted is not None
+    assert restarted.header.metadata["llama.more"] == 1
