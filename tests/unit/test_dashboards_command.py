@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,10 @@ TWO = {
     "__inputs": [{"name": "DS", "type": "datasource"}],
     "id": 12,
     "templating": {
-        "list": [{"name": "datasource", "type": "datasource"}, {"name": "server", "type": "query"}]
+        "list": [
+            {"name": "datasource", "type": "datasource", "current": {"value": "${DS}"}},
+            {"name": "server", "type": "query"},
+        ]
     },
 }
 RULES = "groups:\n  - name: kvscope\n"
@@ -44,7 +48,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("dashboards/one.json", json.dumps(ONE)),
         ("dashboards/two.json", json.dumps(TWO)),
         ("alerts/rules.yml", RULES),
-        ("alerts/rules_test.yml", "rule_files: [rules.yml]\n"),
+        ("alerts/tests/rules.yml", "rule_files: [../rules.yml]\n"),
     ):
         path = package / "shipped" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -118,6 +122,23 @@ def one_line(answer: tuple[int, str, str], code: int = 1) -> str:
     return answer[2]
 
 
+# what comes along
+
+
+def test_the_checkout_holds_five_dashboards_with_uids_of_their_own_and_rules() -> None:
+    pages = [json.loads(file.text) for file in dashboards.shipped_files("dashboards")]
+    assert len({page["uid"] for page in pages}) == len(pages) == 5
+    assert all(file.text.count("groups:") == 1 for file in dashboards.shipped_files("alerts"))
+
+
+def test_the_wheel_takes_every_one_of_them_along() -> None:
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]
+    wheel = build["wheel"]["force-include"]
+    assert wheel.pop("dashboards/generated") == "kvscope/shipped/dashboards"
+    assert {path.suffix for path in (ROOT / "dashboards" / "generated").iterdir()} == {".json"}
+    assert wheel == {file.name: f"kvscope/shipped/{file.name}" for file in dashboards.shipped_files("alerts")}
+
+
 # export
 
 
@@ -187,7 +208,7 @@ def test_push_makes_a_folder_and_saves_every_dashboard_in_it(push: Run, grafana:
     assert (code, err) == (0, "")
     assert out.splitlines() == [
         "folder kvscope: created",
-        "data source: is there, Prometheus",
+        "data source Prometheus: is there",
         "dashboard One: created",
         "dashboard Two: created",
     ]
@@ -201,7 +222,25 @@ def test_push_makes_a_folder_and_saves_every_dashboard_in_it(push: Run, grafana:
     assert "__inputs" not in bodies[1]["dashboard"]
     assert bodies[1]["dashboard"]["id"] is None
     assert all("folderId" not in body for body in bodies)
+    assert data_source_variable(grafana)["current"] == {
+        "text": "Prometheus",
+        "value": "uid-of-Prometheus",
+    }
     assert bodies[0]["message"].startswith("kvscope ")
+
+
+def data_source_variable(grafana: FakeGrafana) -> dict[str, Any]:
+    variables = grafana.dashboards["kvscope-two"]["dashboard"]["templating"]["list"]
+    assert variables[1] == TWO["templating"]["list"][1]
+    return dict(variables[0])
+
+
+def test_the_default_prometheus_is_taken_among_several(push: Run, grafana: FakeGrafana) -> None:
+    grafana.data_sources.append({"name": "Loki", "type": "loki", "uid": "l", "isDefault": False})
+    grafana.data_sources.append({**prometheus("Mimir"), "isDefault": True})
+    _, out, _ = push("--grafana", grafana.url)
+    assert "data source Mimir: is there\n" in out
+    assert data_source_variable(grafana)["current"]["value"] == "uid-of-Mimir"
 
 
 def test_a_second_push_changes_nothing(push: Run, grafana: FakeGrafana) -> None:
@@ -211,7 +250,7 @@ def test_a_second_push_changes_nothing(push: Run, grafana: FakeGrafana) -> None:
     assert (code, err) == (0, "")
     assert out.splitlines() == [
         "folder kvscope: is there",
-        "data source: is there, Prometheus",
+        "data source Prometheus: is there",
         "dashboard One: unchanged",
         "dashboard Two: unchanged",
     ]
@@ -243,9 +282,7 @@ def test_a_data_source_is_added_where_there_is_none_and_the_pages_open_with_it(
         "proxy",
         True,
     )
-    [variable, other] = grafana.dashboards["kvscope-two"]["dashboard"]["templating"]["list"]
-    assert variable["current"] == {"text": "Prometheus", "value": "uid-of-Prometheus"}
-    assert "current" not in other
+    assert data_source_variable(grafana)["current"] == {"text": "Prometheus", "value": "uid-of-Prometheus"}
     before = len(grafana.wrote())
     code, out, _ = push("--grafana", grafana.url, "--datasource-url", "http://prometheus:9090")
     assert "data source Prometheus: is there\n" in out
@@ -258,8 +295,7 @@ def test_a_data_source_that_is_there_is_never_changed(push: Run, grafana: FakeGr
     assert code == 0
     assert "data source Mimir: is there with the address http://mimir, left as it is" in out
     assert ("POST", "/api/datasources") not in grafana.wrote()
-    [variable, _] = grafana.dashboards["kvscope-two"]["dashboard"]["templating"]["list"]
-    assert variable["current"]["value"] == "uid-of-Mimir"
+    assert data_source_variable(grafana)["current"]["value"] == "uid-of-Mimir"
 
 
 @pytest.mark.parametrize(
@@ -290,6 +326,7 @@ def test_a_token_that_may_not_see_data_sources_pushes_all_the_same(push: Run, gr
     assert (code, err) == (0, "")
     assert "data source: the token may not see them" in out
     assert len(grafana.dashboards) == 2
+    assert "current" not in data_source_variable(grafana)
 
 
 def test_a_dashboard_that_grafana_refuses_costs_only_itself(push: Run, grafana: FakeGrafana) -> None:

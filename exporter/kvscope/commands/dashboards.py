@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -24,10 +24,7 @@ DATA_SOURCE_NAME = "Prometheus"
 DATA_SOURCE_TYPE = "prometheus"
 
 PACKAGE = Path(__file__).parents[1]
-_SHIPPED = {"dashboards": "dashboards/generated", "alerts": "alerts"}
-"""Folders in the wheel's kvscope/shipped, and where their files are in a checkout."""
 
-_RULES = re.compile(r"^groups:", re.MULTILINE)
 _FOR_IMPORT_BY_HAND = ("__inputs", "__requires", "__elements")
 _OF_ONE_GRAFANA = ("id", "version")
 
@@ -67,6 +64,19 @@ Exit codes: 0 all are there; 1 Grafana is out of reach or refused something; 2 a
 """
 
 
+class _Place(NamedTuple):
+    """Where files of one kind are in a checkout, and which; in the wheel they are in kvscope/shipped."""
+
+    in_checkout: str
+    pattern: str
+
+
+_SHIPPED = {
+    "dashboards": _Place("dashboards/generated", "*.json"),
+    "alerts": _Place("alerts", "*.yml"),
+}
+
+
 @dataclass(frozen=True)
 class ShippedFile:
     """One file of the package: name as in `dashboards/cache.json`, and its text."""
@@ -79,16 +89,14 @@ def shipped_files(kind: str) -> tuple[ShippedFile, ...]:
     """Return the dashboards (kind `dashboards`) or the alert and recording rules (`alerts`), by name."""
     folder = PACKAGE / "shipped" / kind
     if not folder.is_dir():
-        folder = PACKAGE.parents[1] / _SHIPPED[kind]
-    pattern = "*.json" if kind == "dashboards" else "*.yml"
-    files = [
+        folder = PACKAGE.parents[1] / _SHIPPED[kind].in_checkout
+    files = tuple(
         ShippedFile(f"{kind}/{path.name}", path.read_text(encoding="utf-8"))
-        for path in sorted(folder.glob(pattern))
-    ]
+        for path in sorted(folder.glob(_SHIPPED[kind].pattern))
+    )
     if not files:
         raise click.ClickException(f"this installation has no {kind}: install kvscope again")
-    # Tests of the rules lie beside them.
-    return tuple(file for file in files if kind == "dashboards" or _RULES.search(file.text))
+    return files
 
 
 @click.group(epilog=GROUP_EXAMPLES, short_help="Write the dashboards and rules to a folder, or push them.")
@@ -187,7 +195,7 @@ def _refuse_token(_ctx: click.Context, _param: click.Parameter, value: object) -
 @click.option(
     "--datasource",
     metavar="NAME",
-    help="The Prometheus that the pages open with.  [default: Grafana's own choice]",
+    help="The Prometheus that the pages open with.  [default: Grafana's default one, or its first]",
 )
 @click.option(
     "--datasource-url",
@@ -244,7 +252,7 @@ def _ensure_folder(grafana: Grafana, uid: str) -> str:
 
 
 def _ensure_data_source(grafana: Grafana, name: str | None, url: str | None) -> Mapping[str, Any] | None:
-    """Return the data source that the pages open with; None: Grafana chooses, as with no name given."""
+    """Return the data source that the pages open with; None: Grafana chooses."""
     try:
         all_of_them = grafana.data_sources()
     except TokenMayNot:
@@ -254,8 +262,9 @@ def _ensure_data_source(grafana: Grafana, name: str | None, url: str | None) -> 
         return None
     found = [each for each in all_of_them if each.get("type") == DATA_SOURCE_TYPE]
     if name is None and url is None and found:
-        click.echo("data source: is there, " + ", ".join(sorted(str(each["name"]) for each in found)))
-        return None
+        chosen = next((each for each in found if each.get("isDefault")), found[0])
+        click.echo(f"data source {chosen['name']}: is there")
+        return chosen
     name = name or DATA_SOURCE_NAME
     for each in all_of_them:
         if each["name"] == name:
@@ -304,7 +313,7 @@ def _push_one(
 def ready_to_push(file: ShippedFile, data_source: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return a dashboard as Grafana keeps it: without what only an import by hand asks for.
 
-    data_source: the one that its variable is set to. Raises _Refused for a file that is no dashboard.
+    data_source: the one that it opens with. Raises _Refused for a file that is no dashboard.
     """
     try:
         dashboard = json.loads(file.text)
@@ -313,8 +322,10 @@ def ready_to_push(file: ShippedFile, data_source: Mapping[str, Any] | None) -> d
     if not isinstance(dashboard, dict) or not dashboard.get("uid") or not dashboard.get("title"):
         raise _Refused("is no dashboard with uid and title: install kvscope again")
     wanted = _without(dashboard, (*_FOR_IMPORT_BY_HAND, *_OF_ONE_GRAFANA))
-    if data_source is not None:
-        for variable in _data_source_variables(wanted):
+    for variable in _data_source_variables(wanted):
+        # In the file it is what an import by hand asks for.
+        variable.pop("current", None)
+        if data_source is not None:
             variable["current"] = {"text": data_source["name"], "value": data_source["uid"]}
     return wanted
 
