@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 import trustme
 from fake_grafana import TOKEN, FakeGrafana, running
 
@@ -329,6 +330,24 @@ def test_a_token_that_may_not_see_data_sources_pushes_all_the_same(push: Run, gr
     assert "current" not in data_source_variable(grafana)
 
 
+def test_an_editor_makes_the_folder_that_grafana_lets_only_administrators_miss(
+    push: Run, grafana: FakeGrafana
+) -> None:
+    grafana.answers["GET", "/api/folders/kvscope"] = (403, {"message": "Permissions needed: folders:read"})
+    code, out, err = push("--grafana", grafana.url)
+    assert (code, err) == (0, "")
+    assert out.startswith("folder kvscope: created\n")
+    assert list(grafana.folders) == ["kvscope"]
+
+
+def test_who_may_not_make_the_folder_is_told(push: Run, grafana: FakeGrafana) -> None:
+    grafana.answers["GET", "/api/folders/kvscope"] = (403, {"message": "Permissions needed: folders:read"})
+    grafana.answers["POST", "/api/folders"] = (403, {"message": "Permissions needed: folders:create"})
+    said = one_line(push("--grafana", grafana.url))
+    assert "(403, Permissions needed: folders:create): give its service account the role Editor" in said
+    assert grafana.dashboards == {}
+
+
 def test_a_dashboard_that_grafana_refuses_costs_only_itself(push: Run, grafana: FakeGrafana) -> None:
     push("--grafana", grafana.url)
     grafana.dashboards["kvscope-one"]["dashboard"]["title"] = "Mine"
@@ -352,7 +371,6 @@ def test_a_file_that_is_no_dashboard_costs_only_itself(
     ("path", "answer", "said"),
     [
         ("/api/folders/kvscope", (401, {"message": "Unauthorized"}), "does not take the token (401)"),
-        ("/api/folders/kvscope", (403, {"message": "Permission needed"}), "(403, Permission needed)"),
         (
             "/api/folders/kvscope",
             (404, "<p>a message: not found</p>"),
@@ -404,6 +422,28 @@ def test_grafana_may_be_served_under_a_path(push: Run) -> None:
     with running(FakeGrafana(prefix="/a/b", data_sources=[prometheus("Prometheus")])) as below:
         assert push("--grafana", below.url + "/a/b/")[0] == 0
         assert "does not answer as a Grafana does" in one_line(push("--grafana", below.url))
+
+
+if "GRAFANA_URL" in os.environ:
+
+    def test_a_real_grafana_takes_it_and_a_second_time_nothing_changes(
+        push: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """With GRAFANA_URL and GRAFANA_TOKEN of an administrator; what it makes there is deleted."""
+        url, token = os.environ["GRAFANA_URL"], os.environ["GRAFANA_TOKEN"]
+        monkeypatch.setenv("KVSCOPE_GRAFANA_TOKEN", token)
+        asked = ("--grafana", url, "--folder", "kvscope-test", "--datasource-url", "http://127.0.0.1:9090")
+        try:
+            first, second = push(*asked), push(*asked)
+        finally:
+            requests.delete(
+                f"{url}/api/folders/kvscope-test", headers={"Authorization": f"Bearer {token}"}, timeout=10
+            )
+        assert (first[0], second[0]) == (0, 0)
+        assert first[1].count(": created\n") >= 3
+        assert [line.split(": ")[-1] for line in second[1].splitlines()] == ["is there"] * 2 + [
+            "unchanged"
+        ] * 2
 
 
 # what is refused before anything is asked

@@ -245,8 +245,11 @@ def _token(token_file: str | None) -> str:
 
 
 def _ensure_folder(grafana: Grafana, uid: str) -> str:
-    if grafana.folder(uid) is not None:
-        return "is there"
+    try:
+        if grafana.folder(uid) is not None:
+            return "is there"
+    except TokenMayNot:
+        pass  # Grafana's answer to an Editor where there is none; whether that is so, the next one tells
     grafana.create_folder(uid, uid)
     return "created"
 
