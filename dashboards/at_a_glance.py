@@ -44,7 +44,7 @@ def _evicted() -> AnyPanel:
 
 def _goes_next() -> AnyPanel:
     panel = style.stat(
-        "Goes next / pool",
+        "Next / pool",
         at(16, 0, 4, 4),
         ask.NEXT_TO_GO,
         ask.POOL_FILL,
@@ -58,6 +58,7 @@ def _goes_next() -> AnyPanel:
         style.properties(
             {
                 "unit": style.SHARE,
+                "decimals": 0,
                 "thresholds": style.thresholds(palette.KV, (0.8, palette.WARNING), (0.95, palette.BAD)),
             }
         ),
@@ -82,33 +83,14 @@ def _flow() -> AnyPanel:
 
 
 def _slots() -> list[AnyPanel]:
-    doing = style.column(
-        "Doing",
-        at(17, 4, 3, 11),
-        ask.SLOTS_BUSY_NOW,
-        ask.SLOT_PHASE,
-        description="What each slot does; of a pool, how many slots work. kvscope_slot_phase",
-        value_size=22,
-    )
+    """The bars and, one row a bar, what the slot does and holds: a table that is read from three metres."""
+    doing = style.column("Doing", at(16, 4, 3, 11), ask.SLOTS_BUSY_NOW, ask.SLOT_PHASE, value_size=22)
     doing.color_mode(model.BigValueColorMode.BACKGROUND_SOLID).thresholds(style.steps(palette.IDLE))
     doing.override_by_query("A", style.properties({"unit": "suffix: busy"}))
     doing.override_by_query("B", style.properties({"mappings": style.mapped(shared.PHASE_WORDS)}))
-    tokens = style.column(
-        "Tokens",
-        at(20, 4, 2, 11),
-        ask.POOL_TOKENS,
-        ask.SLOT_TOKENS,
-        description="Tokens that each slot holds. kvscope_slot_context_tokens",
-    )
-    size = style.column(
-        "KV",
-        at(22, 4, 2, 11),
-        ask.POOL_BYTES,
-        ask.SLOT_BYTES,
-        unit=style.BYTES,
-        description="Bytes of KV cache that each slot's tokens occupy. kvscope_slot_kv_bytes",
-    )
-    return [shared.slot_bars(at(10, 4, 7, 11)), doing, tokens, size]
+    tokens = style.column("Holds", at(19, 4, 2, 11), ask.POOL_TOKENS, ask.SLOT_TOKENS)
+    size = style.column("KV", at(21, 4, 3, 11), ask.POOL_BYTES, ask.SLOT_BYTES, unit=style.BYTES)
+    return [shared.slot_bars(at(10, 4, 6, 11)), doing, tokens, size]
 
 
 def _ten_minutes() -> AnyPanel:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from grafana_foundation_sdk.builders import common
+
 from dashboards import palette, shared, style
 from dashboards import queries as ask
 from dashboards.page import Page
@@ -18,13 +20,13 @@ def _top() -> list[AnyPanel]:
             "Tokens that left the slots; whether a copy was kept is not known. kvscope_evicted_tokens_total",
         ),
         (
-            "Tokens computed",
+            "Computed",
             ask.COMPUTED_TOKENS,
             palette.COMPUTED,
             "Prompt tokens that were computed. kvscope_prompt_tokens_total",
         ),
         (
-            "Tokens reused",
+            "Reused",
             ask.REUSED_TOKENS,
             palette.REUSED,
             "Prompt tokens that came from the cache. kvscope_prompt_tokens_total",
@@ -37,7 +39,7 @@ def _top() -> list[AnyPanel]:
         for index, (title, query, colour, meaning) in enumerate(figures)
     ]
     reused = style.stat(
-        "Reused",
+        "Reused share",
         at(16, 0, 4, 4),
         ask.REUSED_SHARE,
         unit=style.SHARE,
@@ -52,7 +54,7 @@ def _top() -> list[AnyPanel]:
 def _goes_next() -> AnyPanel:
     panel = style.table(
         "What is in the slots, and what goes next?",
-        at(0, 4, 24, 8),
+        at(0, 4, 24, 9),
         ask.SLOT_RANK,
         ask.SLOT_PHASE,
         ask.SLOT_FILL,
@@ -83,7 +85,7 @@ def _goes_next() -> AnyPanel:
     style.cells(
         panel,
         "order",
-        width=80,
+        width=60,
         mappings=style.mapped({1: ("next", palette.WARNING)}),
         cellOptions=style.COLOURED_TEXT,
         thresholds=style.thresholds(palette.TEXT),
@@ -112,7 +114,7 @@ def _goes_next() -> AnyPanel:
 def _tiers() -> list[AnyPanel]:
     full = style.table(
         "How full are the tiers?",
-        at(0, 12, 12, 7),
+        at(0, 13, 12, 7),
         ask.TIER_FILL,
         ask.TIER_BYTES,
         ask.TIER_LIMIT,
@@ -122,8 +124,14 @@ def _tiers() -> list[AnyPanel]:
     )
     names = style.value_columns("fill", "holds", "limit", "tokens")
     full.with_transformation(style.columns({"server": "server", "tier": "tier", **names}, "instance"))
-    style.cells(full, "server", width=110)
-    style.cells(full, "tier", width=80, mappings=style.mapped({"slot": ("slots", palette.KV)}))
+    style.cells(full, "server", width=90)
+    style.cells(
+        full,
+        "tier",
+        width=60,
+        mappings=style.mapped({"slot": ("slots", palette.KV)}),
+        cellOptions=style.COLOURED_TEXT,
+    )
     style.cells(
         full,
         "fill",
@@ -135,11 +143,11 @@ def _tiers() -> list[AnyPanel]:
         thresholds=style.thresholds(palette.KV, (0.8, palette.WARNING), (0.95, palette.BAD)),
     )
     for name in ("holds", "limit"):
-        style.cells(full, name, width=100, unit=style.BYTES)
-    style.cells(full, "tokens", width=90, unit="locale")
+        style.cells(full, name, width=85, unit=style.BYTES)
+    style.cells(full, "tokens", width=75, unit="locale")
     held = style.levels(
         "How much do the tiers hold?",
-        at(12, 12, 12, 7),
+        at(12, 13, 12, 7),
         ask.TIER_BYTES,
         ask.TIER_LIMIT,
         unit=style.BYTES,
@@ -152,7 +160,7 @@ def _tiers() -> list[AnyPanel]:
 def _evictions() -> list[AnyPanel]:
     why = style.bars(
         "Why was something evicted?",
-        at(0, 19, 12, 8),
+        at(0, 20, 12, 8),
         ask.EVICTIONS_BY_REASON,
         step=style.COARSE_STEP,
         description="Times that slots lost tokens in every 30 s, by reason. kvscope_evictions_total",
@@ -160,7 +168,7 @@ def _evictions() -> list[AnyPanel]:
     style.coloured(why, palette.REASONS)
     mirror = style.bars(
         "How much was evicted, how much computed?",
-        at(12, 19, 12, 8),
+        at(12, 20, 12, 8),
         ask.EVICTED_BARS,
         ask.COMPUTED_DOWN,
         step=style.COARSE_STEP,
@@ -174,7 +182,7 @@ def _evictions() -> list[AnyPanel]:
     mirror.min(None)  # type: ignore[arg-type]
     which = style.bars(
         "Which slot lost tokens?",
-        at(0, 27, 12, 8),
+        at(0, 28, 12, 8),
         ask.SLOT_LOSSES,
         step=style.COARSE_STEP,
         description="Times that each slot lost tokens in every 30 s. kvscope_slot_evictions_total",
@@ -182,11 +190,11 @@ def _evictions() -> list[AnyPanel]:
     style.shaded_slots(which, palette.LINES)
     cost = style.bar_gauge(
         "Which reason cost the most tokens?",
-        at(12, 27, 12, 8),
+        at(12, 28, 12, 8),
         ask.EVICTED_BY_REASON,
         description="Tokens that left the slots in the time shown, by reason. kvscope_evicted_tokens_total",
     )
-    cost.show_unfilled(False).decimals(0)
+    cost.show_unfilled(False).text(common.VizTextDisplayOptions().title_size(15).value_size(18))
     return [why, mirror, which, style.coloured(cost, palette.REASONS)]
 
 

@@ -18,8 +18,8 @@ def options() -> dict[str, Any]:
     """Return the canvas' options: two sources at the left, the prompts, the answers."""
     computed = _box("computed", COMPUTED, left=1, top=8, right=66, bottom=54)
     reused = _box("reused", REUSED, left=1, top=54, right=66, bottom=8)
-    prompts = _ellipse("prompts", left=51, top=22, right=21, bottom=22)
-    answers = _box("answers", DECODE, left=85, top=36, right=1, bottom=36)
+    prompts = _ellipse("prompts", left=49, top=22, right=23, bottom=22)
+    answers = _box("answers", DECODE, left=83, top=36, right=1, bottom=36)
     computed[0]["connections"] = [_flow("prompts", COMPUTED, "computed", (1, 0), (-0.84, 0.55))]
     reused[0]["connections"] = [_flow("prompts", REUSED, "reused", (1, 0), (-0.84, -0.55))]
     prompts[0]["connections"] = [_flow("answers", DECODE, None, (1, 0), (-1, 0))]
@@ -32,16 +32,18 @@ def options() -> dict[str, Any]:
         _value("reused share", "reused", WHITE, 46, left=1, top=69, right=66, bottom=11),
         _label("computed name", "computed", WHITE, 20, left=1, top=13, right=66, bottom=77),
         _value("computed share", "computed", WHITE, 46, left=1, top=23, right=66, bottom=57),
-        _label("prompts name", "prompts", TEXT, 18, left=51, top=32, right=21, bottom=60),
-        _value("prompts tokens", "prompts", TEXT, 32, left=51, top=41, right=21, bottom=45),
-        _label("prompts window", "last 5 min", NEUTRAL, 15, left=51, top=57, right=21, bottom=35),
-        _label("answers name", "answers", WHITE, 16, left=85, top=39, right=1, bottom=53),
-        _value("answers tokens", "answers", WHITE, 22, left=85, top=48, right=1, bottom=42),
+        _label("prompts name", "prompts", TEXT, 18, left=49, top=32, right=23, bottom=60),
+        _value("prompts tokens", "prompts", TEXT, 32, left=49, top=41, right=23, bottom=45),
+        _label("prompts window", "last 5 min", NEUTRAL, 15, left=49, top=57, right=23, bottom=35),
+        _label("answers name", "answers", WHITE, 16, left=83, top=39, right=1, bottom=53),
+        _value("answers tokens", "answers", WHITE, 22, left=83, top=48, right=1, bottom=42),
     ]
     return {
         "inlineEditing": False,
         "panZoom": False,
         "showAdvancedTypes": True,
+        "tooltip": {"mode": "none"},
+        "zoomToContent": False,
         "root": {
             "type": "frame",
             "name": "flow",
@@ -75,14 +77,9 @@ def _box(name: str, colour: str, **edges: float) -> list[dict[str, Any]]:
 
 
 def _ellipse(name: str, **edges: float) -> list[dict[str, Any]]:
-    config = {
-        "align": "center",
-        "valign": "middle",
-        "backgroundColor": {"fixed": "transparent"},
-        "borderColor": {"fixed": NEUTRAL},
-        "width": 1,
-    }
-    return [_element("ellipse", name, config, **edges)]
+    ellipse = _element("ellipse", name, {"align": "center", "valign": "middle"}, **edges)
+    ellipse["border"] = {"color": {"fixed": NEUTRAL}, "width": 1}
+    return [ellipse]
 
 
 def _text(words: dict[str, Any], colour: str, size: int) -> dict[str, Any]:
@@ -114,5 +111,5 @@ def _flow(
         "size": size,
         "path": "straight",
         "lineStyle": {"style": "dashed", "animate": True},
-        "direction": {"mode": "none"},
+        "direction": {"mode": "fixed", "fixed": "none"},
     }

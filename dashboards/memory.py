@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from grafana_foundation_sdk.builders import common, dashboard
 from grafana_foundation_sdk.models.common import BarGaugeNamePlacement
-from grafana_foundation_sdk.models.dashboard import GridPos
+from grafana_foundation_sdk.models.dashboard import FieldColorModeId, GridPos
 
 from dashboards import palette, shared, style
 from dashboards import queries as ask
@@ -15,7 +16,7 @@ from dashboards.style import AnyPanel, at
 
 def _top() -> list[AnyPanel]:
     others = style.stat(
-        "Other processes",
+        "Others hold",
         at(4, 0, 4, 4),
         ask.VRAM_OTHERS,
         unit=style.BYTES,
@@ -42,6 +43,7 @@ def _top() -> list[AnyPanel]:
         at(20, 0, 4, 4),
         ask.GPU_TEMPERATURE,
         unit="celsius",
+        decimals=0,
         description="Temperature of the hottest GPU. kvscope_gpu_temperature_celsius",
     )
     hot.thresholds(style.steps(palette.TEXT, (85, palette.WARNING), (95, palette.BAD))).no_value("no GPU")
@@ -76,6 +78,7 @@ def _vram() -> list[AnyPanel]:
         colour=palette.VRAM["other_processes"][1],
         description="The programs that hold the most VRAM. kvscope_gpu_process_memory_bytes",
     )
+    programs.text(common.VizTextDisplayOptions().title_size(14).value_size(17))
     programs.name_placement(BarGaugeNamePlacement.TOP).show_unfilled(False).no_value(shared.NO_GPU)
     programs.override_by_regexp("/^llama-server/", style.properties(style.fixed(palette.VRAM["weights"][1])))
     return [holders.legend(style.legend_table("lastNotNull", "max")), programs]
@@ -85,13 +88,14 @@ def _host() -> list[AnyPanel]:
     kv = style.stack(
         "How full is the KV cache?",
         at(0, 14, 6, 8),
-        ask.SLOT_BYTES,
+        ask.KV_HELD,
         ask.KV_ALLOCATED,
         unit=style.BYTES,
-        description="Bytes that each slot's tokens occupy, and what was allocated for all."
-        " kvscope_slot_kv_bytes, kvscope_kv_allocated_bytes",
+        description="Bytes that the tokens in each server's slots occupy, and what was allocated for all."
+        " kvscope_tier_bytes, kvscope_kv_allocated_bytes",
     )
-    style.dashed(style.shaded_slots(kv, palette.SLOTS), "allocated")
+    kv.color_scheme(dashboard.FieldColor().mode(FieldColorModeId.FIXED).fixed_color(palette.KV))
+    style.dashed(kv, "allocated")
     server = style.levels(
         "What RAM does it hold?",
         at(6, 14, 6, 8),
@@ -126,8 +130,8 @@ def _host() -> list[AnyPanel]:
 
 def _figures() -> list[AnyPanel]:
     sources = style.table(
-        "What do the byte figures rest on?",
-        at(0, 22, 8, 8),
+        "What do the bytes rest on?",
+        at(0, 22, 7, 8),
         ask.KV_SOURCES,
         description="Each setting of the context, and where it was read: given to kvscope, the server's"
         " command line, its /props, or llama.cpp's default. kvscope_kv_source_info",
@@ -137,19 +141,32 @@ def _figures() -> list[AnyPanel]:
         style.columns({"server": "server", "setting": "setting", "source": "read from"}, "Value")
     )
     models = style.table(
-        "What was allocated for the cache?",
-        at(8, 22, 16, 8),
+        "What does a token cost?",
+        at(7, 22, 10, 8),
         ask.KV_TOTAL,
         ask.BYTES_PER_TOKEN,
         ask.MODEL_BYTES,
-        description="Bytes allocated at load by kind of cache, what one more token adds, and the size of the"
+        description="Bytes allocated for the cache at load, what one more token adds, and the size of the"
         " weights. kvscope_kv_allocated_bytes, kvscope_kv_bytes_per_token, kvscope_model_bytes",
     )
     names = style.value_columns("KV allocated", "a token adds", "weights")
     models.with_transformation(style.columns({"server": "server", "model": "model", **names}))
     for name in names.values():
         style.cells(models, name, unit=style.BYTES)
-    return [sources, models]
+    caches = style.table(
+        "Which caches were allocated?",
+        at(17, 22, 7, 8),
+        ask.KV_ALLOCATIONS,
+        description="Bytes allocated at load by kind of cache and, where it is known, by device."
+        " kvscope_kv_allocated_bytes",
+    )
+    caches.with_transformation(
+        style.columns(
+            {"server": "server", "cache": "cache", "device": "device", "Value": "allocated"}, "model"
+        )
+    )
+    style.cells(caches, "allocated", unit=style.BYTES)
+    return [sources, models, caches]
 
 
 def _lines_of_gpus(
@@ -194,7 +211,7 @@ def _gpu() -> Row:
         unit="celsius",
         colours=_EACH_GPU,
         description="How hot each GPU is. kvscope_gpu_temperature_celsius",
-    )
+    ).min(None)
     busy = _lines_of_gpus(
         "How busy is it?",
         at(16, 31, 8, 7),
@@ -231,6 +248,8 @@ def _cards() -> AnyPanel:
     panel.with_transformation(
         style.columns({"instance": "exporter", "gpu": "GPU", **names, **values}, "Value #A")
     )
+    style.cells(panel, "exporter", width=150)
+    style.cells(panel, "name", width=240)
     for name in values.values():
         style.cells(panel, name, unit=style.BYTES)
     return panel

@@ -65,7 +65,9 @@ def render(page: Page) -> dict[str, Any]:
     built: dict[str, Any] = json.loads(json.dumps(_builder(page).build(), cls=JSONEncoder))
     built["panels"] = [panel for part in page.panels for panel in _panels(part)]
     built["schemaVersion"] = SCHEMA_VERSION
-    built["annotations"]["list"] = [_restarts()]
+    built["annotations"]["list"] = [_restarts(switch=not page.bare)]
+    if page.bare:
+        built["timepicker"] = {"hidden": True}
     built["__inputs"] = [
         {
             "name": ANSWERED_ON_IMPORT,
@@ -167,18 +169,17 @@ def _variable(name: str, label: str, query: str) -> Any:
         .label(label)
         .datasource(DATASOURCE)
         .query({"qryType": 5, "query": query, "refId": name})
-        .definition(query)
         .refresh(VariableRefresh.ON_TIME_RANGE_CHANGED)
         .sort(VariableSort.ALPHABETICAL_ASC)
     )
 
 
-def _restarts() -> dict[str, Any]:
+def _restarts(*, switch: bool) -> dict[str, Any]:
     return {
         "datasource": {"type": "prometheus", "uid": "${datasource}"},
         "enable": True,
         "expr": queries.RESTARTS.expression,
-        "hide": False,
+        "hide": not switch,
         "iconColor": NEUTRAL,
         "name": "Restarts",
         "step": "60s",
@@ -232,4 +233,3 @@ def _resolve(built: dict[str, Any], scope: Scope) -> None:
     for variable in built["templating"]["list"]:
         if isinstance(variable.get("query"), dict):
             variable["query"]["query"] = resolve(variable["query"]["query"])
-            variable["definition"] = resolve(variable["definition"])

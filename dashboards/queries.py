@@ -212,7 +212,6 @@ UNATTRIBUTED_BARS = Query(
 OBSERVATIONS = Query(
     f"round(sum by (precision) ({counted('kvscope_observations_total')})) > 0", "{{precision}}"
 )
-REQUESTS = Query(f"round(sum({counted('kvscope_requests_total')})) > 0", "finished")
 REQUESTS_IN_RANGE = Query(f"round(sum({counted('kvscope_requests_total', window='$__range')}))")
 
 # Evictions
@@ -237,14 +236,13 @@ TIER_FILL = Query(
 TIER_BYTES = Query("max by (<each>tier) (kvscope_tier_bytes{<model>})", "<who>{{tier}}")
 TIER_LIMIT = Query("max by (<each>tier) (kvscope_tier_limit_bytes{<model>})", "<who>{{tier}} limit")
 TIER_TOKENS = Query("max by (<each>tier) (kvscope_tier_tokens{<model>})")
-TIER_LIMIT_TOKENS = Query("max by (<each>tier) (kvscope_tier_limit_tokens{<model>})")
-TOKENS_IN_USE = Query(ratio(f"sum({_POOL_HELD})", f"sum({_POOL_LIMIT})"))
 KV_IN_USE = Query(
     ratio(
         'sum(kvscope_tier_bytes{<model>, tier="slot"})', 'sum(kvscope_tier_limit_bytes{<model>, tier="slot"})'
     )
 )
 ROOM_FOR_TOKENS = Query(f"sum({_POOL_LIMIT} - {_POOL_HELD})")
+KV_HELD = Query('sum by (server) (kvscope_tier_bytes{<model>, tier="slot"})', "{{server}}")
 KV_ALLOCATED = Query("sum(kvscope_kv_allocated_bytes{<model>})", "allocated")
 
 # Speed
@@ -319,7 +317,9 @@ MODEL_BYTES = Query("sum by (server, model) (kvscope_model_bytes{<model>})")
 
 def vram(kind: str, name: str) -> Query:
     """Return the VRAM that one kind of holder has, on all GPUs."""
-    return Query(f'sum(kvscope_gpu_memory_by_kind_bytes{{<machine>, kind="{kind}"}})', name)
+    held = f'sum(kvscope_gpu_memory_by_kind_bytes{{<machine>, kind="{kind}"}})'
+    # Who holds nothing needs no place in a legend; that nothing is free must be seen.
+    return Query(held if kind == "free" else f"{held} > 0", name)
 
 
 VRAM_FREE = Query("sum(kvscope_gpu_memory_free_bytes{<machine>})")
@@ -359,5 +359,3 @@ GPU_USED = Query("max by (instance, gpu) (kvscope_gpu_memory_used_bytes{<machine
 # The exporter
 
 SOURCES_UP = Query("min by (source) (kvscope_source_up{<server>})", "{{source}}")
-LOOK_TIME = Query("max by (source) (kvscope_source_duration_seconds{<server>})", "{{source}}")
-EXPORTERS = Query("max by (instance, version, python) (kvscope_build_info{<machine>})")

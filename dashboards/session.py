@@ -83,7 +83,7 @@ def _last_prompts() -> AnyPanel:
     for name in ("holds", "computed", "reused"):
         style.cells(panel, name, unit="locale")
     style.cells(panel, "slot", width=70)
-    style.cells(panel, "prefill", unit=style.SECONDS, decimals=1)
+    style.cells(panel, "prefill", unit=style.SECONDS)
     style.cells(panel, "idle for", unit=style.SECONDS, decimals=0)
     for name, colour in (("computed", palette.COMPUTED), ("reused", palette.REUSED)):
         style.cells(panel, name, cellOptions=style.COLOURED_TEXT, **style.fixed(colour))

@@ -20,7 +20,7 @@ NO_GPU = "no GPU is read"
 def requests_waiting(place: GridPos) -> AnyPanel:
     """How many requests wait."""
     panel = style.stat(
-        "Requests waiting",
+        "Waiting",
         place,
         ask.REQUESTS_WAITING,
         description="Requests that wait for a free slot. kvscope_requests_deferred",
@@ -39,13 +39,15 @@ def prefill_so_far(place: GridPos) -> AnyPanel:
         description="How long the prompt that is read now has taken, the longest where several are."
         " kvscope_slot_phase_started_timestamp_seconds",
     )
-    return panel.thresholds(style.steps(palette.COMPUTED, (60, palette.BAD))).no_value("none")
+    return panel.thresholds(style.steps(palette.TEXT, (0, palette.COMPUTED), (60, palette.BAD))).no_value(
+        "none"
+    )
 
 
 def kv_in_use(place: GridPos) -> AnyPanel:
     """How much of the KV cache is in use."""
     return style.stat(
-        "KV memory in use",
+        "KV in use",
         place,
         ask.KV_IN_USE,
         unit=style.SHARE,

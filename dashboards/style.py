@@ -53,6 +53,9 @@ SHARE = "percentunit"
 COUNT = "short"
 TOKENS_PER_SECOND = "suffix: t/s"
 
+# Fits 4 columns at 1200 px; left to itself, each number would have a size of its own.
+STAT_SIZE = 34
+
 # Bars count what a counter rose in each step; shorter steps than a few scrapes would be confetti.
 BARS_STEP = "15s"
 COARSE_STEP = "30s"
@@ -172,6 +175,7 @@ def stat(
     panel.graph_mode(model.BigValueGraphMode.NONE).color_mode(model.BigValueColorMode.VALUE)
     panel.justify_mode(model.BigValueJustifyMode.CENTER).text_mode(model.BigValueTextMode.VALUE)
     panel.reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]).fields("").values(False))
+    panel.text(common.VizTextDisplayOptions().value_size(STAT_SIZE))
     if decimals is not None:
         panel.decimals(decimals)
     return panel
@@ -181,12 +185,14 @@ def column(
     title: str,
     place: GridPos,
     *queries: Query,
-    description: str,
     unit: str = COUNT,
     value_size: int = 19,
 ) -> stats.Panel:
-    """A narrow column beside fill_bars: one number a slot, in the same order."""
-    panel = stat(title, place, *[query.rows() for query in queries], description=description, unit=unit)
+    """A narrow column beside slot_bars: one number a slot, in the same order.
+
+    It has no description, whose sign would cut its title.
+    """
+    panel = stat(title, place, *[query.rows() for query in queries], description="", unit=unit)
     panel.orientation(model.VizOrientation.HORIZONTAL).text(
         common.VizTextDisplayOptions().value_size(value_size)
     )
@@ -218,7 +224,7 @@ def slot_bars(title: str, place: GridPos, pool: Query, *slots: Query, descriptio
     panel = bar_gauge(
         title, place, *[query.rows() for query in (pool, *slots)], description=description, unit=SHARE
     )
-    return _one_row_a_slot(panel.max(1))
+    return _one_row_a_slot(panel.max(1).decimals(0).name_placement(model.BarGaugeNamePlacement.LEFT))
 
 
 def lines(
@@ -339,7 +345,9 @@ def table(title: str, place: GridPos, *queries: Query, description: str) -> tabl
     panel = _framed(tables.Panel(), title, place, [query.rows() for query in queries], description)
     # Where a cell has no value, a base colour would light it.
     panel.thresholds(steps(TRANSPARENT)).no_value(UNKNOWN).align(model.FieldTextAlignment.CENTER)
-    panel.cell_height(model.TableCellHeight.SM).filterable(False).inspect(False)
+    panel.cell_options(model.TableAutoCellOptions()).cell_height(model.TableCellHeight.SM).min_width(
+        60
+    ).filterable(False).inspect(False)
     if len(queries) > 1:
         panel.with_transformation(DataTransformerConfig(id_val="merge", options={}))
     return panel
