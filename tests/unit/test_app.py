@@ -14,7 +14,7 @@ import aiohttp
 import pytest
 
 from kvscope import cli
-from kvscope.app import CannotListen, look_once, serve
+from kvscope.app import CannotListen, MakePoller, look_once, serve
 from kvscope.observed.server import ServerState
 from kvscope.settings import ServerSettings, Settings
 from kvscope.snapshot import ServerBox
@@ -45,6 +45,13 @@ class SteadyPoller:
             await asyncio.Event().wait()
         finally:
             self.closed = True
+
+
+class NearPoller(SteadyPoller):
+    """Its server's process is this one."""
+
+    def on_machine(self) -> ServerOnMachine:
+        return ServerOnMachine(self.name, os.getpid(), ServerLoad())
 
 
 class CrashingPoller(SteadyPoller):
@@ -78,18 +85,18 @@ class Pollers:
         return self.made[-1]
 
 
-def settings(*names: str, port: int = 0) -> Settings:
-    return Settings(servers=tuple(ServerSettings(name) for name in names), listen_port=port, gpu="none")
+def settings(*names: str, port: int = 0, gpu: str = "none") -> Settings:
+    return Settings(servers=tuple(ServerSettings(name) for name in names), listen_port=port, gpu=gpu)
 
 
 @asynccontextmanager
-async def serving(pollers: Pollers, *names: str) -> AsyncIterator[str]:
+async def serving(pollers: MakePoller, *names: str, gpu: str = "none") -> AsyncIterator[str]:
     """Serve while inside; gives the base URL."""
     stop = asyncio.Event()
     url: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     served = asyncio.create_task(
         serve(
-            settings(*names),
+            settings(*names, gpu=gpu),
             make_poller=pollers,
             stop=stop,
             listening=url.set_result,
@@ -116,6 +123,18 @@ async def test_every_server_is_polled_and_scraped() -> None:
     assert 'kvscope_server_up{server="a"} 1.0' in scrape
     assert 'kvscope_server_up{server="b"} 1.0' in scrape
     assert [poller.closed for poller in pollers.made] == [True, True]
+
+
+async def test_gpus_and_memory_are_joined_with_the_process_of_each_server() -> None:
+    snapshot = await look_once(settings("a", gpu="pretend"), make_poller=NearPoller)
+    assert snapshot.machine is not None
+    assert set(snapshot.machine.gpus[0].server_bytes) == set(snapshot.machine.server_memory) == {"a"}
+    async with serving(NearPoller, "a", gpu="pretend") as url:
+        while 'kvscope_gpu_memory_by_kind_bytes{gpu="pretend0",kind="kv",server="a"}' not in (
+            scrape := await text_of(f"{url}/metrics")
+        ):
+            pass
+    assert 'kvscope_server_memory_bytes{kind="resident",server="a"}' in scrape
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any
@@ -382,6 +383,29 @@ MAY_SLEEP = [
     pytest.param({"find_process": process(sleep_idle_seconds=4.0)}, id="its command line says so"),
     pytest.param({"sleep_idle": 4.0}, id="the settings say so"),
 ]
+
+
+async def test_which_process_is_the_server_and_whether_it_gave_its_memory_back_is_known(
+    server: FakeServer, watch: Watch
+) -> None:
+    far, near = watch(server), watch(server, find_process=process())
+    await far.look()
+    await near.look()
+    assert (far.poller.on_machine().pid, near.poller.on_machine().pid) == (None, os.getpid())
+    assert near.poller.on_machine().load.asleep is False
+    server.sleep()
+    await near.watch(60)
+    assert near.poller.on_machine().load.asleep is True
+
+
+async def test_a_process_that_ended_is_no_servers_any_more(server: FakeServer, watch: Watch) -> None:
+    lives = True
+    watched = watch(server, find_process=process(), process_lives=lambda _: lives)
+    await watched.look()
+    lives = False
+    await server.stop()
+    await watched.look()
+    assert watched.poller.on_machine().pid is None
 
 
 async def test_a_sleeping_server_never_gets_a_request_that_wakes_it(server: FakeServer, watch: Watch) -> None:
