@@ -28,8 +28,8 @@ def _top() -> list[AnyPanel]:
         unit=style.TOKENS_PER_SECOND,
         colour=palette.DECODE,
         decimals=0,
-        description="Tokens that a slot generates by the seconds it spends on it, over five minutes; of several servers"
-        " the fastest. kvscope_decode_seconds_total, kvscope_generated_tokens_total",
+        description="Tokens that a slot generates by the seconds it spends on it, over five minutes;"
+        " of several servers the fastest. kvscope_decode_seconds_total, kvscope_generated_tokens_total",
     )
     worst = style.stat(
         "Prefill, p95",
