@@ -164,11 +164,14 @@ SLOT_IDLE_FOR = Query(
 NEXT_TO_GO = Query(
     slot_maximum(f"{_HELD} and {SAME_SLOT} (kvscope_slot_lru_rank{{<model>}} == 1)"), "slot {{slot}}"
 )
+# 0 where it is known that no slot reads; absent where nothing is known.
 PREFILL_SO_FAR = Query(
     "max(clamp_min(time() - kvscope_slot_phase_started_timestamp_seconds{<model>}, 0)"
-    f' and {SAME_SLOT} (kvscope_slot_phase{{<model>, phase="prefill"}} == 1))'
+    f' * {SAME_SLOT} kvscope_slot_phase{{<model>, phase="prefill"}})'
 )
-BEING_READ = Query("sum(kvscope_slot_prefill_tokens{<model>})")
+BEING_READ = Query(
+    'sum(kvscope_slot_prefill_tokens{<model>}) or (sum(kvscope_slot_phase{<model>, phase="prefill"}) == 0)'
+)
 LAST_COMPUTED = Query(slot_maximum('kvscope_slot_last_prompt_tokens{<model>, source="computed"}'))
 LAST_REUSED = Query(
     slot_maximum('sum without (source) (kvscope_slot_last_prompt_tokens{<model>, source!="computed"})')
@@ -271,9 +274,11 @@ DECODE_SPEED = Query(_speed(_GENERATED, _GENERATING, "$__rate_interval"), "<who>
 
 def prefill_quantile(quantile: float) -> Query:
     """Return how long prefill took over the last five minutes, at a quantile."""
+    # Of no request at all the quantile is not a number, and a panel would print that.
     return Query(
         f"histogram_quantile({quantile},"
-        " sum by (le) (rate(kvscope_request_prefill_seconds_bucket{<model>}[5m])))",
+        " sum by (le) (rate(kvscope_request_prefill_seconds_bucket{<model>}[5m]))"
+        " and on () (sum(rate(kvscope_request_prefill_seconds_count{<model>}[5m])) > 0))",
         f"p{quantile:.0%}".rstrip("%"),
     )
 
