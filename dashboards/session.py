@@ -24,7 +24,7 @@ def _top() -> list[AnyPanel]:
         at(8, 0, 4, 4),
         ask.BEING_READ,
         description="Tokens read so far of the prompts that are read now. kvscope_slot_prefill_tokens",
-    ).no_value("none")
+    ).mappings(style.words(shared.NOTHING))
     evictions = style.stat(
         "Evictions",
         at(16, 0, 4, 4),

@@ -14,6 +14,8 @@ PHASE_WORDS: dict[object, tuple[str, str | None]] = {
 }
 """What the numbers of SLOT_PHASE stand for."""
 
+NOTHING: dict[object, tuple[str, str | None]] = {0: ("none", palette.TEXT)}
+
 NO_GPU = "no GPU is read"
 
 
@@ -39,9 +41,8 @@ def prefill_so_far(place: GridPos) -> AnyPanel:
         description="How long the prompt that is read now has taken, the longest where several are."
         " kvscope_slot_phase_started_timestamp_seconds",
     )
-    return panel.thresholds(style.steps(palette.TEXT, (0, palette.COMPUTED), (60, palette.BAD))).no_value(
-        "none"
-    )
+    panel.mappings(style.words(NOTHING))
+    return panel.thresholds(style.steps(palette.COMPUTED, (60, palette.BAD)))
 
 
 def kv_in_use(place: GridPos) -> AnyPanel:
