@@ -175,6 +175,9 @@ class MachinePoller:
                 gpus=GpuReading(tuple(gpu for each in readings for gpu in each.gpus)),
                 servers=[_with_load(each, lines.get(each.server)) for each in servers],
                 problems=problems,
+                # A card that is lost, or a figure that may not be read, is no failure of the others,
+                # however long that lasts.
+                failed=any(each.problems and not each.gpus for each in readings) or not readings,
             )
         )
 
@@ -189,7 +192,7 @@ class MachinePoller:
 
     def _late(self, source: str, what: str) -> MachineLook:
         problem = f"the machine's {what} cannot be read in time: figures are left out until it answers"
-        return MachineLook(self._clock(), self._monotonic(), source, problems=(problem,))
+        return MachineLook(self._clock(), self._monotonic(), source, problems=(problem,), failed=True)
 
     def _advance(self, look: MachineLook) -> None:
         for problem in look.problems:

@@ -228,6 +228,14 @@ async def test_a_backend_that_raises_costs_its_own_gpus_and_nothing_else(
     assert [gpu.gpu for gpu in (await watched.look()).gpus] == ["0", "test0"]
 
 
+async def test_a_lost_card_is_no_failure_of_the_others(caplog: pytest.LogCaptureFixture) -> None:
+    backend = Backend(CARD)
+    backend.reading = GpuReading((CARD,), ("GPU 1 is lost",))
+    box = await Watched(backend).look()
+    assert (box.sources["gpu"].up, box.sources["gpu"].failures) == (True, 0)
+    assert [record.getMessage() for record in caplog.records] == ["GPU 1 is lost"]
+
+
 async def test_none_means_that_no_driver_is_touched() -> None:
     watched = Watched(Backend(CARD), gpu="none")
     box = await watched.look()

@@ -33,7 +33,7 @@ class MachineLook:
     """One look at one of the machine's sources, or the news that it is late.
 
     source: "gpu" or "host"; what belongs to the other one, or could not be read, is None. duration_seconds:
-    None while it is late. problems: one line for each thing that failed.
+    None while it is late. problems: one line for each thing that could not be read; failed: nothing could.
     """
 
     at: float
@@ -45,6 +45,7 @@ class MachineLook:
     host: HostSeen | None = None
     server_memory: Mapping[str, ProcessMemory] = field(default_factory=dict)
     problems: Sequence[str] = ()
+    failed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +150,7 @@ def _valid(history: MachineHistory, seen: float | None, monotonic: float) -> boo
 
 def _sources(history: MachineHistory, look: MachineLook) -> Mapping[str, SourceBox]:
     before = history.sources.get(look.source, SourceBox())
-    succeeded = not look.problems
+    succeeded = not look.failed
     after = replace(
         before,
         up=succeeded,

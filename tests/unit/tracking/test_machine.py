@@ -165,7 +165,7 @@ def test_it_is_known_when_the_next_reading_ages_out(interval: float, expected: f
 def test_a_late_driver_is_a_source_that_is_down_and_costs_the_host_nothing() -> None:
     machine = Machine()
     machine.see(card())
-    shown = machine.look("gpu", problems=("late",))
+    shown = machine.look("gpu", problems=("late",), failed=True)
     assert shown.sources["gpu"].up is False
     assert shown.sources["gpu"].failures == 1
     assert only(shown).seen is not None, "the last reading holds for a while"
