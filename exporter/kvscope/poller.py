@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
-from kvscope.observed.model import ModelSeen
+from kvscope.model_watch import MODEL_EVERY_SECONDS, ModelWatch
 from kvscope.observed.server import (
     ServerCounters,
     ServerLook,
@@ -23,12 +23,11 @@ from kvscope.observed.server import (
     Source,
     SourceAnswer,
 )
-from kvscope.own_thread import in_own_thread
 from kvscope.settings import ServerSettings, Settings
 from kvscope.snapshot import ServerBox
 from kvscope.sources.llama_server import AnswerError, Failure, LlamaServer
-from kvscope.sources.model_file import ModelFile, ModelFileError, Served
-from kvscope.sources.server_process import NotReadableError, find_server_process, is_alive, is_here
+from kvscope.sources.model_file import ModelFile
+from kvscope.sources.server_process import NotReadableError, find_server_process, is_alive
 from kvscope.tracking.history import History, advance, counters_moved, looks_restarted, of_another_process
 from kvscope.tracking.machine import ServerOnMachine
 from kvscope.tracking.publish import STATES_UP, box, expires_at
@@ -39,9 +38,6 @@ COUNTERS_AT_LEAST_EVERY_SECONDS = 30.0
 COUNTERS_WHILE_ALL_BUSY_SECONDS = 5.0
 PROPS_EVERY_SECONDS = 30.0
 PROCESS_EVERY_SECONDS = 30.0
-MODEL_EVERY_SECONDS = 30.0
-MODEL_PATIENCE_SECONDS = 2.0
-"""A model on a disk that sleeps is read on while the looks go on."""
 LONGEST_BACK_OFF_SECONDS = 30.0
 FAILURES_UNTIL_BROKEN = 2
 SHORTEST_SLEEP_SECONDS = 1.0
@@ -85,18 +81,12 @@ class Poller:
         self._clock = clock
         self._monotonic = monotonic
         self._history = History(server.name, given=server.arguments)
-        self._model_file = model_file or ModelFile(server, settings.model_path_map)
-        self._model: ModelSeen | None = None
-        self._model_of: Served | None = None
-        self._model_asked_at: float | None = None
-        self._model_reading: asyncio.Future[ModelSeen | None] | None = None
-        self._model_problem: str | None = None
-        self._here: bool | None = None
+        self._model = ModelWatch(server, model_file or ModelFile(server, settings.model_path_map), monotonic)
         self._failed_looks = 0
         self._pause_seconds = settings.idle_interval_seconds
         self._intervals: tuple[tuple[Source, float], ...] = ()
         self._restart_seen = False
-        self._slots_are_new = self._model_may_be_new = False
+        self._slots_are_new = False
         self._process: ServerProcess | None = None
         self._process_looked_at: float | None = None
         self._answers: list[SourceAnswer] = []
@@ -117,8 +107,7 @@ class Poller:
         finally:
             if self._aging is not None:
                 self._aging.cancel()
-            if self._model_reading is not None:
-                self._model_reading.cancel()
+            self._model.stop()
             await self._client.close()
 
     async def look_once(self) -> ServerBox:
@@ -130,7 +119,7 @@ class Poller:
         self._failed_looks = self._failed_looks + 1 if after.state in _WORTH_BACKING_OFF else 0
         if after.restarts > before.restarts:
             # Another process may serve another model and offer other endpoints.
-            self._restart_seen = self._slots_are_new = self._model_may_be_new = True
+            self._restart_seen = self._slots_are_new = self._model.may_be_new = True
             self._metrics_offered = None
             self._metrics_failures = 0
         self._decide_how_long_to_wait()
@@ -170,7 +159,7 @@ class Poller:
                 self._advance(await self._state_without_props(error))
                 return
         await self._look_at_process()
-        await self._look_at_model(props)
+        self._answers += await self._model.look(props or self._history.props, self._process)
         slept = self._history.state is ServerState.SLEEPING
         if props is not None and props.sleeping:
             readable = self._metrics_readable(props)
@@ -422,35 +411,9 @@ class Poller:
         else:
             self._answers.append(SourceAnswer(Source.PROCESS, self._monotonic() - started))
 
-    async def _look_at_model(self, props: ServerProps | None) -> None:
-        """Read the shape of the model once, and again when the server names another or the file changed."""
-        if self._here is None:
-            self._here = await asyncio.to_thread(is_here, self._server)
-        served = self._served(props)
-        due = self._model_asked_at is None or self._passed(self._model_asked_at, MODEL_EVERY_SECONDS)
-        if self._model_reading is None and (due or served != self._model_of or self._model_may_be_new):
-            self._model_asked_at = self._monotonic()
-            self._model_may_be_new = False
-            if served != self._model_of:
-                self._model, self._model_of = None, served
-            self._model_reading = in_own_thread(lambda: self._model_file.read(served))
-        if self._model_reading is None:
-            return
-        done, _ = await asyncio.wait({self._model_reading}, timeout=MODEL_PATIENCE_SECONDS)
-        if not done:
-            return
-        reading, self._model_reading, self._model_problem = self._model_reading, None, None
-        try:
-            self._model = reading.result()
-        except ModelFileError as error:
-            self._model, self._model_problem = None, str(error)
-        if self._model is not None or self._model_problem:
-            took = self._monotonic() - (self._model_asked_at or 0.0)
-            self._answers.append(SourceAnswer(Source.MODEL_FILE, took, self._model_problem))
-
     def _tell_of_memory(self, history: History) -> None:
         away = history.state not in STATES_UP or history.state is ServerState.LOADING
-        if away or history.props is None or self._model_reading is not None or self._model_problem:
+        if away or history.props is None or self._model.reading or self._model.problem:
             return  # of a server that is gone there is nothing to read, and no setting would help
         for warning in history.memory.warnings:
             self._words.tell_once(logging.WARNING, warning)
@@ -458,17 +421,6 @@ class Poller:
             self._words.tell_once(logging.INFO, history.memory.problem)
         for remark in history.memory.remarks:
             self._words.tell_once(logging.INFO, remark)
-
-    def _served(self, props: ServerProps | None) -> Served:
-        props = props or self._history.props
-        process = self._process
-        return Served(
-            path=props.model_path if props else None,
-            directory=process.working_directory if process else None,
-            here=process is not None or bool(self._here),
-            process_seen=process is not None,
-            started_at=process.started_at if process else None,
-        )
 
     def _check_process(self) -> None:
         """A process that is gone is looked for again; one that still runs was seen once more."""
@@ -503,7 +455,7 @@ class Poller:
         pause, state = self._pause_seconds, self._history.state
         if self._process is not None:
             yield Source.PROCESS, pause
-        if self._model is not None:
+        if self._model.known:
             yield Source.MODEL_FILE, max(pause, MODEL_EVERY_SECONDS)
         if state not in (ServerState.READY, ServerState.SLEEPING, ServerState.SLOTS_DISABLED):
             # Each look begins with /props and goes on only where that answers.
@@ -549,7 +501,7 @@ class Poller:
                 props=props,
                 process=self._process,
                 process_readable=self._process is not None,
-                model=self._model if self._served(props) == self._model_of else None,
+                model=self._model.of(props or self._history.props, self._process),
                 metrics_available=self._metrics_available(props),
                 counters_readable=True if counters is not None else self._metrics_usable(props),
                 answers=answers,

@@ -199,7 +199,7 @@ class SlowModel(ModelAtHand):
 async def test_looks_go_on_while_a_slow_disk_reads_the_model(
     server: FakeServer, watch: Watch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvscope.poller.MODEL_PATIENCE_SECONDS", 0.01)
+    monkeypatch.setattr("kvscope.model_watch.MODEL_PATIENCE_SECONDS", 0.01)
     server.work(0, 99, 2)
     slow = SlowModel()
     watched = watch(server, model_file=slow, arguments=SEPARATE)
@@ -209,7 +209,7 @@ async def test_looks_go_on_while_a_slow_disk_reads_the_model(
         assert box.slots[0].kv_bytes is None
     finally:
         slow.may_go.set()
-    monkeypatch.setattr("kvscope.poller.MODEL_PATIENCE_SECONDS", 60.0)
+    monkeypatch.setattr("kvscope.model_watch.MODEL_PATIENCE_SECONDS", 60.0)
     box = await watched.look()
     assert box.slots[0].kv_bytes == 100 * TOKEN
     assert len(slow.asked) == 1
@@ -261,7 +261,7 @@ async def test_a_file_that_is_read_while_the_server_changes_its_model_tells_noth
     watched = watch(server, model_file=slow, arguments=SEPARATE)
     await watched.look()
     slow.may_go.clear()
-    monkeypatch.setattr("kvscope.poller.MODEL_PATIENCE_SECONDS", 0.01)
+    monkeypatch.setattr("kvscope.model_watch.MODEL_PATIENCE_SECONDS", 0.01)
     try:
         box = await watched.watch(31)
         assert box.kv_allocated is not None
@@ -297,7 +297,7 @@ async def test_the_model_is_asked_for_twice_a_minute_and_no_more(server: FakeSer
 async def test_a_poller_that_ends_leaves_a_slow_disk_alone(
     server: FakeServer, watch: Watch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvscope.poller.MODEL_PATIENCE_SECONDS", 0.01)
+    monkeypatch.setattr("kvscope.model_watch.MODEL_PATIENCE_SECONDS", 0.01)
     slow = SlowModel()
     watched = watch(server, model_file=slow, arguments=SEPARATE)
     running = asyncio.create_task(watched.poller.run())
@@ -308,3 +308,19 @@ async def test_a_poller_that_ends_leaves_a_slow_disk_alone(
             await running
     finally:
         slow.may_go.set()
+
+
+class FaultyModel(ModelAtHand):
+    def read(self, served: Served) -> ModelSeen | None:
+        raise KeyError("CANARY")
+
+
+async def test_a_fault_in_reading_a_model_costs_its_bytes_only(
+    server: FakeServer, watch: Watch, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.work(0, 99, 2)
+    box = await watch(server, model_file=FaultyModel(), arguments=SEPARATE).look()
+    assert (box.slots[0].context_tokens, box.slots[0].kv_bytes) == (100, None)
+    assert box.sources["model_file"].up is False
+    assert "CANARY" not in caplog.text
+    assert "a fault of kvscope (KeyError" in caplog.text
