@@ -145,7 +145,8 @@ def _vram_legend() -> AnyPanel:
         description="The legend of who holds the VRAM. kvscope_gpu_memory_by_kind_bytes",
     )
     panel.text_mode(model.BigValueTextMode.VALUE_AND_NAME).wide_layout(False).transparent(True)
-    panel.no_value(shared.NO_GPU)
+    # The panel above says already that there is none.
+    panel.no_value(" ")
     style.coloured(panel, dict(palette.VRAM.values()))
     style.coloured(panel, {"free": palette.TEXT})
     return _large(panel, 21, 15)

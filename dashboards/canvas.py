@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from dashboards.palette import COMPUTED, DECODE, NEUTRAL, REUSED, TEXT
+from dashboards.style import UNKNOWN
 
 WHITE = "#FFFFFF"
 WIDEST = 26
@@ -91,7 +92,8 @@ def _label(name: str, words: str, colour: str, size: int, **edges: float) -> dic
 
 
 def _value(name: str, field: str, colour: str, size: int, **edges: float) -> dict[str, Any]:
-    words = {"mode": "field", "field": field, "fixed": ""}
+    # Without a value a text asks the reader to set it, unless it has words of its own.
+    words = {"mode": "field", "field": field, "fixed": UNKNOWN}
     return _element("text", name, _text(words, colour, size), **edges)
 
 

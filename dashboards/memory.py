@@ -37,7 +37,9 @@ def _top() -> list[AnyPanel]:
         unit=style.BYTES,
         description="Memory of the host that programs can still get. kvscope_host_memory_bytes",
     )
-    ram.thresholds(style.steps(palette.BAD, (2**30, palette.WARNING), (4 * 2**30, palette.HEALTHY)))
+    ram.thresholds(
+        style.steps(palette.TEXT, (0, palette.BAD), (2**30, palette.WARNING), (4 * 2**30, palette.HEALTHY))
+    )
     hot = style.stat(
         "GPU",
         at(20, 0, 4, 4),
@@ -130,19 +132,17 @@ def _host() -> list[AnyPanel]:
 
 def _figures() -> list[AnyPanel]:
     sources = style.table(
-        "What do the bytes rest on?",
-        at(0, 22, 7, 8),
+        "What do the byte figures rest on?",
+        at(0, 22, 24, 4),
         ask.KV_SOURCES,
-        description="Each setting of the context, and where it was read: given to kvscope, the server's"
-        " command line, its /props, or llama.cpp's default. kvscope_kv_source_info",
+        description="Where each setting of the context was read: given to kvscope (setting), the server's"
+        " process, its /props, or llama.cpp's default. kvscope_kv_source_info",
     )
-    sources.with_transformation(style.sort_by("setting"))
-    sources.with_transformation(
-        style.columns({"server": "server", "setting": "setting", "source": "read from"}, "Value")
-    )
+    sources.with_transformation(style.pivot(column="setting", row="server", value="source"))
+    sources.with_transformation(style.columns({"server\\setting": "server"}))
     models = style.table(
         "What does a token cost?",
-        at(7, 22, 10, 8),
+        at(0, 26, 14, 4),
         ask.KV_TOTAL,
         ask.BYTES_PER_TOKEN,
         ask.MODEL_BYTES,
@@ -155,7 +155,7 @@ def _figures() -> list[AnyPanel]:
         style.cells(models, name, unit=style.BYTES)
     caches = style.table(
         "Which caches were allocated?",
-        at(17, 22, 7, 8),
+        at(14, 26, 10, 4),
         ask.KV_ALLOCATIONS,
         description="Bytes allocated at load by kind of cache and, where it is known, by device."
         " kvscope_kv_allocated_bytes",
@@ -256,13 +256,16 @@ def _cards() -> AnyPanel:
 
 
 def _some_gpus() -> Row:
-    throttled = style.timeline(
+    # A state timeline would be the picture, but cannot say in words of its own that nothing is known.
+    throttled = style.levels(
         "Is it throttled?",
         at(0, 46, 6, 7),
         ask.GPU_THROTTLED,
-        description="Whether a GPU is held back, and by what. kvscope_gpu_throttled",
-        meanings={0: ("no", palette.IDLE), 1: ("throttled", palette.BAD)},
+        description="1 while a GPU is held back, by what holds it. kvscope_gpu_throttled",
     ).no_value("this GPU does not tell")
+    throttled.max(1).decimals(0).fill_opacity(40)
+    for reason, colour in palette.THROTTLED.items():
+        throttled.override_by_regexp(f"/ {reason}$/", style.properties(style.fixed(colour)))
     traffic = _lines_of_gpus(
         "PCIe traffic",
         at(6, 46, 6, 7),

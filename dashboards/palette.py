@@ -46,6 +46,8 @@ REASONS = {
     "unknown": NEUTRAL,
 }
 
+THROTTLED = {"power": WARNING, "thermal": BAD, "other": NEUTRAL}
+
 VRAM = {
     "weights": ("weights", "#5D6FB8"),
     "kv": ("KV cache", KV),

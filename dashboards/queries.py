@@ -199,12 +199,12 @@ def _share(selector: str, window: str) -> str:
 
 COMPUTED_SHARE_5M = Query(_share(_COMPUTED, "5m"), "computed")
 REUSED_SHARE_5M = Query(_share(_REUSED, "5m"), "reused")
-PROMPT_TOKENS_5M = Query(f"sum({counted(_PROMPTS, window='5m')})", "prompts")
-GENERATED_5M = Query(f"sum({counted('kvscope_generated_tokens_total', window='5m')})", "answers")
+PROMPT_TOKENS_5M = Query(f"round(sum({counted(_PROMPTS, window='5m')}))", "prompts")
+GENERATED_5M = Query(f"round(sum({counted('kvscope_generated_tokens_total', window='5m')}))", "answers")
 REUSED_SHARE = Query(_share(_NOT_COMPUTED, "$__range"))
-COMPUTED_TOKENS = Query(f"sum({counted(_PROMPTS, _COMPUTED, '$__range')})")
-REUSED_TOKENS = Query(f"sum({counted(_PROMPTS, _NOT_COMPUTED, '$__range')})")
-GENERATED_TOKENS = Query(f"sum({counted('kvscope_generated_tokens_total', window='$__range')})")
+COMPUTED_TOKENS = Query(f"round(sum({counted(_PROMPTS, _COMPUTED, '$__range')}))")
+REUSED_TOKENS = Query(f"round(sum({counted(_PROMPTS, _NOT_COMPUTED, '$__range')}))")
+GENERATED_TOKENS = Query(f"round(sum({counted('kvscope_generated_tokens_total', window='$__range')}))")
 COMPUTED_BARS = Query(f"sum({counted(_PROMPTS, _COMPUTED)}) > 0", "computed")
 REUSED_BARS = Query(f"sum({counted(_PROMPTS, _REUSED)}) > 0", "reused")
 COMPUTED_DOWN = Query(f"-(sum({counted(_PROMPTS, _COMPUTED)}) > 0)", "computed")
@@ -220,8 +220,8 @@ REQUESTS_IN_RANGE = Query(f"round(sum({counted('kvscope_requests_total', window=
 # Evictions
 
 EVICTIONS = Query(f"round(sum({counted('kvscope_evictions_total', window='$__range')}))")
-EVICTED_TOKENS = Query(f"sum({counted('kvscope_evicted_tokens_total', window='$__range')})")
-EVICTED_TOKENS_24H = Query(f"sum({counted('kvscope_evicted_tokens_total', window='24h')})")
+EVICTED_TOKENS = Query(f"round(sum({counted('kvscope_evicted_tokens_total', window='$__range')}))")
+EVICTED_TOKENS_24H = Query(f"round(sum({counted('kvscope_evicted_tokens_total', window='24h')}))")
 EVICTIONS_BY_REASON = Query(
     f"round(sum by (reason) ({counted('kvscope_evictions_total')})) > 0", "{{reason}}"
 )

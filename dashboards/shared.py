@@ -68,7 +68,9 @@ def vram_free(place: GridPos) -> AnyPanel:
         unit=style.BYTES,
         description="Memory of the GPUs that is free. kvscope_gpu_memory_free_bytes",
     )
-    steps = style.steps(palette.BAD, (256 * 2**20, palette.WARNING), (2**30, palette.HEALTHY))
+    steps = style.steps(
+        palette.TEXT, (0, palette.BAD), (256 * 2**20, palette.WARNING), (2**30, palette.HEALTHY)
+    )
     return panel.thresholds(steps).no_value("no GPU")
 
 

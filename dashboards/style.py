@@ -385,11 +385,11 @@ def value_columns(*names: str) -> dict[str, str]:
     return {f"Value #{letter}": name for letter, name in zip("ABCDEFGHIJ", names, strict=False)}
 
 
-def pivot(*, column: str, row: str) -> DataTransformerConfig:
+def pivot(*, column: str, row: str, value: str = "Value") -> DataTransformerConfig:
     """Return the step that makes one column of each value of a label."""
     return DataTransformerConfig(
         id_val="groupingToMatrix",
-        options={"columnField": column, "rowField": row, "valueField": "Value", "emptyValue": "null"},
+        options={"columnField": column, "rowField": row, "valueField": value, "emptyValue": "null"},
     )
 
 
