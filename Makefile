@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint tools compose-test lock truth allocator bench alerts docs dashboards schema pictures clean
+.PHONY: help demo test lint tools stack-test compose-test lock truth allocator bench alerts docs dashboards schema pictures clean
 
 IN_VENV := .venv/bin/
 PYTHON := $(IN_VENV)python

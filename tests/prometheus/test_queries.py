@@ -33,12 +33,15 @@ NO_DATA = {
     ("both", "increase(kvscope_unattributed_tokens_total"): "each request lasts longer than a look",
     ("both", "kvscope_draft_tokens_total"): "the demo's server drafts nothing",
     ("both", 'kind="server_unsplit"'): "the pretend GPU's servers log their parts",
+    ("both", 'kind="unattributed"'): "the pretend GPU tells of each program what it holds",
     ("both", "kvscope_gpu_throttled"): "the pretend GPU is never held back",
     ("both", "kvscope_gpu_gtt"): "the pretend GPU has memory of its own",
     ("both", "kvscope_gpu_errors_total"): "the pretend GPU makes no errors",
     ("both", "kvscope_gpu_pcie_bytes_per_second"): "asked for only with --gpu-pcie",
 }
 """Queries with these words need not return data; they must parse, and return no error. Why not."""
+if not Path("/proc/pressure/memory").exists():
+    NO_DATA["both", "kvscope_host_pressure_seconds_total"] = "this kernel has no PSI"
 
 
 @dataclass(frozen=True)
@@ -154,9 +157,9 @@ def reused_share(watched: Watched) -> float:
 
 
 NAMED = [
-    Named("cache", "Tokens computed", "A", lambda watched: watched.truth.computed),
-    Named("cache", "Tokens reused", "A", lambda watched: watched.truth.reused),
-    Named("cache", "Reused", "A", reused_share),
+    Named("cache", "Computed", "A", lambda watched: watched.truth.computed),
+    Named("cache", "Reused", "A", lambda watched: watched.truth.reused),
+    Named("cache", "Reused share", "A", reused_share),
     Named("cache", "Tokens evicted", "A", lambda watched: watched.truth.lost()[1]),
     Named("cache", "Which slot lost tokens?", "A", lambda watched: by_slot(watched.slots_lost), by="slot"),
     Named("speed", "Generated", "A", lambda watched: watched.truth.generated),
@@ -175,9 +178,9 @@ NAMED = [
         "B",
         lambda watched: cells(watched) * BYTES_PER_TOKEN,
     ),
-    Named("memory", "KV memory in use", "A", lambda watched: all_held(watched) / cells(watched)),
+    Named("memory", "KV in use", "A", lambda watched: all_held(watched) / cells(watched)),
     Named("memory", "Room for tokens", "A", lambda watched: cells(watched) - all_held(watched)),
-    Named("memory", "What was allocated for the cache?", "B", lambda watched: BYTES_PER_TOKEN),
+    Named("memory", "What does a token cost?", "B", lambda watched: BYTES_PER_TOKEN),
     Named("at-a-glance", "Where do the prompts come from?", "B", reused_share),
     Named(
         "at-a-glance",
