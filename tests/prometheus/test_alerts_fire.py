@@ -44,6 +44,7 @@ REACHES = {
     "a game takes all that is left": ("VramAlmostExhausted", {"gpu": "pretend0"}),
     "a slot is nearly full": ("KvSlotNearlyFull", {"server": "slot"}),
     "the pool is nearly full": ("KvPoolNearlyFull", {"server": "pool"}),
+    "more is asked than a slot can do": ("SlotsSaturated", {"server": "queue"}),
     "a server dies": ("LlamaServerDown", {"server": "mortal"}),
     "an exporter ends": ("KvExporterDown", {}),
 }
@@ -179,8 +180,9 @@ class Stage:
         self.healthy = {mode: f"127.0.0.1:{exporter.port}" for mode, exporter in exporters.items()}
         slot = await self._server(model, "-np", "2", "-c", str(2 * SLOT_TOKENS))
         pool = await self._server(model, "-c", str(POOL_TOKENS))
+        queue = await self._server(model, "-np", "1", "-c", "1024")
         mortal = await self._server(model, "-c", "1024")
-        watched = {"slot": slot.url, "pool": pool.url, "mortal": mortal.url}
+        watched = {"slot": slot.url, "pool": pool.url, "queue": queue.url, "mortal": mortal.url}
         staged = await self._exporter("staged", watched, "--gpu", "none")
         ends = await self._exporter("ends", {"main": mortal.url}, "--gpu", "none")
         game = await self._exporter("game", {"main": sessions["default"].url}, "--gpu", "pretend:game")
@@ -199,6 +201,7 @@ class Stage:
                 "a game takes all that is left": (game, _nothing),
                 "a slot is nearly full": (staged, lambda: _converse(slot, SLOT_TOKENS)),
                 "the pool is nearly full": (staged, lambda: _converse(pool, POOL_TOKENS)),
+                "more is asked than a slot can do": (staged, lambda: _crowd(queue)),
                 "a server dies": (staged, mortal.kill),
                 "an exporter ends": (ends, ends.stop),
             }
@@ -281,6 +284,16 @@ async def _converse(server: Server, limit: int) -> None:
     while True:
         for tokens in range(int(0.92 * limit), int(0.98 * limit), 8):
             await server.complete(prompt[:tokens], 4)
+
+
+async def _crowd(server: Server) -> None:
+    """Three ask all the time where one can be served."""
+
+    async def ask(who: int) -> None:
+        while True:
+            await server.complete([3 + who] * 64, 16)
+
+    await asyncio.gather(*(ask(who) for who in range(3)))
 
 
 @pytest.fixture(scope="module")
