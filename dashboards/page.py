@@ -26,7 +26,14 @@ from dashboards.style import DATASOURCE, AnyPanel
 
 SCHEMA_VERSION = 42
 TAG = "kvscope"
-ANSWERED_ON_IMPORT = "DS_PROMETHEUS"
+ASKED_ON_IMPORT = {
+    "name": "DS_PROMETHEUS",
+    "label": "Prometheus",
+    "description": "The Prometheus that scrapes kvscope",
+    "type": "datasource",
+    "pluginId": "prometheus",
+    "pluginName": "Prometheus",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,24 +67,22 @@ class Page:
         return ONE_SERVER if self.one_server else SEVERAL_SERVERS
 
 
-def render(page: Page) -> dict[str, Any]:
-    """Return the dashboard as Grafana's classic JSON."""
+def render(page: Page, *, by_hand: bool = False) -> dict[str, Any]:
+    """Return the dashboard as Grafana's classic JSON; by_hand: with the question which Prometheus it is.
+
+    One form cannot do both: from a file nobody is asked, and a data source of an unknown name becomes
+    Grafana's first one, not its default.
+    """
     built: dict[str, Any] = json.loads(json.dumps(_builder(page).build(), cls=JSONEncoder))
     built["panels"] = [panel for part in page.panels for panel in _panels(part)]
     built["schemaVersion"] = SCHEMA_VERSION
     built["annotations"]["list"] = [_restarts(switch=not page.bare)]
     if page.bare:
         built["timepicker"] = {"hidden": True}
-    built["__inputs"] = [
-        {
-            "name": ANSWERED_ON_IMPORT,
-            "label": "Prometheus",
-            "description": "The Prometheus that scrapes kvscope",
-            "type": "datasource",
-            "pluginId": "prometheus",
-            "pluginName": "Prometheus",
-        }
-    ]
+    if by_hand:
+        built["__inputs"] = [ASKED_ON_IMPORT]
+        answer = "${" + ASKED_ON_IMPORT["name"] + "}"
+        built["templating"]["list"][0]["current"] = {"selected": False, "text": answer, "value": answer}
     for variable in built["templating"]["list"]:
         for key in [key for key in variable if key.startswith("auto")]:
             del variable[key]
@@ -87,9 +92,9 @@ def render(page: Page) -> dict[str, Any]:
     return built
 
 
-def text(page: Page) -> str:
+def text(page: Page, *, by_hand: bool = False) -> str:
     """Return the file of a page."""
-    return json.dumps(render(page), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    return json.dumps(render(page, by_hand=by_hand), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def every_panel(rendered: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -126,13 +131,11 @@ def _builder(page: Page) -> Any:
 
 
 def _variables(page: Page) -> Iterator[Any]:
-    # A file that is provisioned has no such source: Grafana then takes its first Prometheus.
-    chosen = "${" + ANSWERED_ON_IMPORT + "}"
     yield (
         builders.DatasourceVariable("datasource")
         .label("Data source")
         .type("prometheus")
-        .current(VariableOption(text=chosen, value=chosen, selected=False))
+        .current(VariableOption(text="default", value="default", selected=True))
         .hide(VariableHide.HIDE_VARIABLE)
     )
     yield (

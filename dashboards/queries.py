@@ -90,8 +90,14 @@ def slot_maximum(expression: str) -> str:
 
 
 def counted(metric: str, selector: str = "<model>", window: str = "$__interval") -> str:
-    """Return how much a counter rose in a window; windows of $__interval tile exactly."""
-    return f"increase({metric}{{{selector}}}[{window}])"
+    """Return how much a counter rose in a window.
+
+    Steps tile exactly, and one without a second scrape in it has a value too, which increase has not.
+    """
+    counter = f"{metric}{{{selector}}}"
+    if window == "$__interval":
+        return f"clamp_min({counter} - {counter} offset $__interval, 0)"
+    return f"increase({counter}[{window}])"
 
 
 def ratio(part: str, whole: str) -> str:

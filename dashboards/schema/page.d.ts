@@ -86,4 +86,4 @@ interface Annotation extends Plain<grafana.AnnotationQuery> {
 }
 
 export type Page = Omit<Plain<grafana.Dashboard>, "panels" | "annotations"> & {
-  annotations: { list: Annotation[] }; __inputs: Input[]; panels: Array<Panel | Row> };
+  annotations: { list: Annotation[] }; __inputs?: Input[]; panels: Array<Panel | Row> };

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from dashboards import queries
-from dashboards.__main__ import GENERATED
+from dashboards.__main__ import GENERATED, IMPORT
 from dashboards.not_shown import NOT_SHOWN
 from dashboards.page import every_panel, render, text
 from dashboards.pages import PAGES
@@ -95,8 +95,13 @@ def metrics_in(expression: str) -> Iterator[tuple[str, str]]:
 
 
 def test_the_committed_files_are_what_the_code_makes() -> None:
-    committed = {path.name: path.read_text(encoding="utf-8") for path in GENERATED.iterdir()}
-    made = {f"{page.uid}.json": text(page) for page in PAGES}
+    committed = {
+        f"{folder.name}/{path.name}": path.read_text(encoding="utf-8")
+        for folder in (GENERATED, IMPORT)
+        for path in folder.iterdir()
+    }
+    made = {f"generated/{page.uid}.json": text(page) for page in PAGES}
+    made |= {f"import_by_hand/{page.uid}.json": text(page, by_hand=True) for page in PAGES}
     assert committed.keys() == made.keys()
     for name, content in made.items():
         assert committed[name] == content, f"{name} is stale: make dashboards"
@@ -221,12 +226,13 @@ def test_every_source_is_the_variable(page: dict[str, Any]) -> None:
             assert asked["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
 
 
-def test_a_file_can_be_imported_by_hand() -> None:
-    for page in RENDERED.values():
-        (asked,) = page["__inputs"]
-        source = page["templating"]["list"][0]
-        assert source["type"] == "datasource"
-        assert source["current"]["value"] == "${" + asked["name"] + "}"
+def test_an_import_by_hand_asks_for_prometheus_and_a_file_takes_the_default() -> None:
+    for page in PAGES:
+        provisioned, asking = render(page), render(page, by_hand=True)
+        (asked,) = asking.pop("__inputs")
+        sources = [form["templating"]["list"].pop(0) for form in (provisioned, asking)]
+        assert [source["current"]["value"] for source in sources] == ["default", "${" + asked["name"] + "}"]
+        assert provisioned == asking
 
 
 @pytest.mark.parametrize(("where", "expression"), ALL_EXPRESSIONS)
@@ -241,8 +247,13 @@ def test_a_query_keeps_the_house_rules(where: str, expression: str) -> None:
     assert not re.search(r"increase\([^)]*\[\$__rate_interval\]", expression), (
         f"{where}: bars would count twice"
     )
-    for counter in re.findall(r"(\w+)\(kvscope_\w+_total\{", expression):
-        assert counter in ("rate", "increase"), f"{where}: a counter is shown as it stands"
+    assert not re.search(r"increase\([^)]*\[\$__interval\]", expression), (
+        f"{where}: a step with one scrape would be empty"
+    )
+    rest = re.sub(r"clamp_min\((kvscope_\w+\{[^}]*\}) - \1 offset \$__interval, 0\)", "", expression)
+    assert "offset" not in rest, where
+    for function in re.findall(r"(\w*)\(?kvscope_\w+_total\{", rest):
+        assert function in ("rate", "increase"), f"{where}: a counter is shown as it stands"
 
 
 @every_page
@@ -301,8 +312,9 @@ def check_schema(folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([node, check, packages, folder], capture_output=True, text=True)
 
 
-def test_grafana_knows_every_setting() -> None:
-    checked = check_schema(GENERATED)
+@pytest.mark.parametrize("folder", [GENERATED, IMPORT], ids=["provisioned", "by hand"])
+def test_grafana_knows_every_setting(folder: Path) -> None:
+    checked = check_schema(folder)
     assert checked.returncode == 0, checked.stderr
     assert checked.stdout == f"{len(PAGES)} dashboards, 0 problems\n"
 
