@@ -310,7 +310,7 @@ def api_key(text: str, origin: str) -> str:
     """
     key = next((line.strip() for line in text.splitlines() if line.strip()), "")
     if not key:
-        raise SettingsError(f"{origin} holds no key: write the server's API key into it")
+        raise SettingsError(f"{origin} holds no key: write the API key or token into it")
     if not key.isascii() or not key.isprintable() or " " in key:
         raise SettingsError(f"{origin} holds a key that HTTP cannot carry: use one line of printable ASCII")
     return key

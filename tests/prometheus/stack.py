@@ -36,6 +36,8 @@ TURNS = 4
 """Each scene of the session once."""
 SCRAPE_SECONDS = 1
 SERVER_NAME = "demo"
+WAIT_SECONDS = 90.0
+"""Other tests may need the processors too."""
 
 Samples = list[tuple[float, float]]
 
@@ -109,7 +111,7 @@ class Prometheus:
                 return {series.labels["instance"] for series in up} == set(self.targets)
             return False
 
-        await until("a first scrape of every exporter", scraped)
+        await until("a first scrape of every exporter", scraped, WAIT_SECONDS)
 
     def stop(self) -> None:
         """End it."""
@@ -198,7 +200,7 @@ class Listener:
                     truth.lose(slot, held - after[slot], "idle_clear")
                     truth.content.pop(slot, None)
             for answer in answers:
-                if self._before.get(answer.slot):
+                if truth.content.get(answer.slot):
                     truth.replace(answer)
                 truth.add(answer)
         for loss in truth.losses[lost_before:]:
@@ -255,7 +257,7 @@ class Stack:
 
         # Where it never tells the truth, the tests say by how much.
         with contextlib.suppress(DidNotHappen):
-            await until("the exporter's figures of the whole session", told)
+            await until("the exporter's figures of the whole session", told, WAIT_SECONDS)
         # A look begun before may still end in a scrape.
         await self._next_scrape(watched)
         watched.ended = await self._next_scrape(watched)
@@ -268,7 +270,7 @@ class Stack:
             [series] = self.prometheus.query(query, time.time())
             return series.samples[0][1] if series.samples[0][1] > now else 0.0
 
-        return float(await until("a scrape", scraped))
+        return float(await until("a scrape", scraped, WAIT_SECONDS))
 
     async def _restart(self, watched: Watched) -> None:
         """Let the exporter see the server restarted, before anything is held: pages mark it."""
@@ -283,4 +285,4 @@ class Stack:
                 and figures.sum("kvscope_kv_unified", server=SERVER_NAME) is not None
             )
 
-        await until("the exporter's look at the restarted server", seen)
+        await until("the exporter's look at the restarted server", seen, WAIT_SECONDS)

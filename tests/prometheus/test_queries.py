@@ -30,7 +30,7 @@ NO_DATA = {
     ("default", f"unless {_UNIFIED}"): "asks for separate slots",
     ("separate", f"and {_UNIFIED}"): "asks for a pool",
     ("both", "max_over_time(kvscope_requests_deferred"): "four slots, at most three requests at once",
-    ("both", "increase(kvscope_unattributed_tokens_total"): "each request lasts longer than a look",
+    ("both", "sum by (source) ("): "nothing is unattributed: each request lasts longer than a look",
     ("both", "kvscope_draft_tokens_total"): "the demo's server drafts nothing",
     ("both", 'kind="server_unsplit"'): "the pretend GPU's servers log their parts",
     ("both", 'kind="unattributed"'): "the pretend GPU tells of each program what it holds",
