@@ -48,6 +48,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, text in (
         ("dashboards/one.json", json.dumps(ONE)),
         ("dashboards/two.json", json.dumps(TWO)),
+        ("import/one.json", "{}"),
         ("alerts/rules.yml", RULES),
         ("alerts/tests/rules.yml", "rule_files: [../rules.yml]\n"),
     ):
@@ -136,7 +137,9 @@ def test_the_wheel_takes_every_one_of_them_along() -> None:
     build = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]
     wheel = build["wheel"]["force-include"]
     assert wheel.pop("dashboards/generated") == "kvscope/shipped/dashboards"
-    assert {path.suffix for path in (ROOT / "dashboards" / "generated").iterdir()} == {".json"}
+    assert wheel.pop("dashboards/import_by_hand") == "kvscope/shipped/import"
+    for folder in ("generated", "import_by_hand"):
+        assert {path.suffix for path in (ROOT / "dashboards" / folder).iterdir()} == {".json"}
     assert wheel == {file.name: f"kvscope/shipped/{file.name}" for file in dashboards.shipped_files("alerts")}
 
 
@@ -149,12 +152,13 @@ def test_export_writes_dashboards_and_rules_but_not_the_rules_tests(run: Run, tm
     assert out.splitlines() == [
         "dashboards/one.json: created",
         "dashboards/two.json: created",
+        "import/one.json: created",
         "alerts/rules.yml: created",
     ]
     written = {
         str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()
     }
-    assert written == {"dashboards/one.json", "dashboards/two.json", "alerts/rules.yml"}
+    assert written == {"dashboards/one.json", "dashboards/two.json", "import/one.json", "alerts/rules.yml"}
     assert (tmp_path / "out/alerts/rules.yml").read_text() == RULES
     assert json.loads((tmp_path / "out/dashboards/two.json").read_text()) == TWO
 
@@ -163,7 +167,7 @@ def test_export_again_changes_nothing(run: Run, tmp_path: Path) -> None:
     run("export", str(tmp_path / "out"))
     code, out, err = run("export", str(tmp_path / "out"))
     assert (code, err) == (0, "")
-    assert [line.split(": ")[1] for line in out.splitlines()] == ["unchanged"] * 3
+    assert [line.split(": ")[1] for line in out.splitlines()] == ["unchanged"] * 4
 
 
 def test_a_file_that_was_changed_is_left_and_costs_only_itself(run: Run, tmp_path: Path) -> None:

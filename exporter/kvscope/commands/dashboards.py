@@ -73,6 +73,7 @@ class _Place(NamedTuple):
 
 _SHIPPED = {
     "dashboards": _Place("dashboards/generated", "*.json"),
+    "import": _Place("dashboards/import_by_hand", "*.json"),
     "alerts": _Place("alerts", "*.yml"),
 }
 
@@ -86,7 +87,7 @@ class ShippedFile:
 
 
 def shipped_files(kind: str) -> tuple[ShippedFile, ...]:
-    """Return the dashboards (kind `dashboards`) or the alert and recording rules (`alerts`), by name."""
+    """Return files by name: of kind `dashboards`, the same to be imported by hand (`import`), or `alerts`."""
     folder = PACKAGE / "shipped" / kind
     if not folder.is_dir():
         folder = PACKAGE.parents[1] / _SHIPPED[kind].in_checkout
@@ -108,12 +109,12 @@ def dashboards() -> None:
 @click.argument("folder", metavar="DIR")
 @click.option("--force", is_flag=True, help="Overwrite files that say something else.")
 def export(folder: str, force: bool) -> int:
-    """Write dashboards and rules to DIR/dashboards and DIR/alerts.
+    """Write dashboards and rules to DIR/dashboards and DIR/alerts, dashboards to import by hand to DIR/import.
 
     A file that is there and says something else is left as it is: somebody may have changed it.
     """
     refused = 0
-    for file in (*shipped_files("dashboards"), *shipped_files("alerts")):
+    for file in (each for kind in _SHIPPED for each in shipped_files(kind)):
         try:
             click.echo(f"{file.name}: {_write(path_of(folder) / file.name, file.text, force)}")
         except _Refused as reason:
