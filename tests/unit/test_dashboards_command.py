@@ -178,7 +178,8 @@ def test_a_file_that_was_changed_is_left_and_costs_only_itself(run: Run, tmp_pat
     assert one_line(answer) == (
         "kvscope: ~/out/dashboards/one.json says something else and is left as it is: --force overwrites it\n"
     )
-    assert answer[1].splitlines() == ["dashboards/two.json: created", "alerts/rules.yml: created"]
+    created = ["dashboards/two.json", "import/one.json", "alerts/rules.yml"]
+    assert answer[1].splitlines() == [f"{name}: created" for name in created]
     assert changed.read_text() == "mine"
 
 

@@ -109,7 +109,7 @@ def dashboards() -> None:
 @click.argument("folder", metavar="DIR")
 @click.option("--force", is_flag=True, help="Overwrite files that say something else.")
 def export(folder: str, force: bool) -> int:
-    """Write dashboards and rules to DIR/dashboards and DIR/alerts, dashboards to import by hand to DIR/import.
+    """Write dashboards and rules to DIR/dashboards and DIR/alerts; to DIR/import what is imported by hand.
 
     A file that is there and says something else is left as it is: somebody may have changed it.
     """

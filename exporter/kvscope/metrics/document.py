@@ -86,9 +86,8 @@ LABELS: tuple[tuple[str, str], ...] = (
     ("device", "as llama.cpp names it; left out where only model and settings tell"),
     (
         "gpu",
-        "the GPU's index as text, `0:1` for an instance of one in MIG mode; where several backends read, with "
-        "its backend's name before it but for the first; "
-        "`pretend0` for the pretend one",
+        "the GPU's index as text, `0:1` for an instance of one in MIG mode; where several backends read, "
+        "with its backend's name before it but for the first; `pretend0` for the pretend one",
     ),
     ("uuid, name, vendor, driver", "of the GPU"),
     ("process", "a program's name, without path and arguments"),
