@@ -124,6 +124,14 @@ def test_there_is_no_page_without_an_alert_and_each_is_listed() -> None:
     assert sorted(listed) == sorted(pages)
 
 
+@each_alert
+def test_the_list_says_how_long_and_how_bad_as_the_rule_does(rule: Rule) -> None:
+    text = (RUNBOOKS / "README.md").read_text(encoding="utf-8")
+    [row] = re.findall(rf"^\| \[{rule.name}\].+$", text, re.MULTILINE)
+    said = [cell.strip() for cell in row.strip("|").split("|")[-2:]]
+    assert said == [rule.fields["for"], rule.fields["labels"]["severity"]]
+
+
 @pytest.mark.parametrize("path", sorted(RUNBOOKS.glob("*.md")), ids=lambda path: path.stem)
 def test_every_metric_that_a_page_names_exists(path: Path) -> None:
     named = re.findall(r"\b(?:\w+:)?kvscope_\w+(?::\w+)?", path.read_text(encoding="utf-8"))
