@@ -99,6 +99,79 @@ def test_make_names_what_is_missing_in_one_line_and_leaves_nothing_behind(tmp_pa
     assert not (copy / ".venv").exists()
 
 
+PROGRAMS = ["promtool", "prometheus", "prometheus-alertmanager", "amtool"]
+DEBIAN = {
+    "12": {"prometheus": PROGRAMS[:2], "prometheus-alertmanager": PROGRAMS[2:]},
+    "13": {
+        "promtool": PROGRAMS[:1],
+        "prometheus": PROGRAMS[1:2],
+        "prometheus-alertmanager": PROGRAMS[2:],
+    },
+}
+
+
+def fake_archive(folder: Path, packages: dict[str, list[str]], *, listed: bool) -> None:
+    """Write an apt-get that knows these packages, listed: before its first update too."""
+    archive, tools = folder / "archive", folder / "bin"
+    for name, programs in packages.items():
+        (archive / "usr/bin").mkdir(parents=True, exist_ok=True)
+        for program in programs:
+            (archive / "usr/bin" / program).write_text(f"#!/bin/sh\necho {program} 1.0\n")
+            (archive / "usr/bin" / program).chmod(0o755)
+        inside = [f"./usr/bin/{program}" for program in programs]
+        subprocess.run(["tar", "-cf", archive / name, "-C", archive, *inside], check=True)
+    if listed:
+        (archive / "list").touch()
+    fakes = {
+        "apt-get": f'for last; do :; done; cd_to="{archive}"\n'
+        'case "$*" in\n'
+        '*update) : > "$cd_to/list" ;;\n'
+        '*) [ -e "$cd_to/list" ] && cp "$cd_to/$last" "./${last}_1.0_amd64.deb" ;;\n'
+        "esac\n",
+        "dpkg-deb": 'cat "$2"\n',
+        "cc": "",
+        "id": "echo 0\n",
+    }
+    tools.mkdir()
+    for name, text in fakes.items():
+        (tools / name).write_text("#!/bin/sh\n" + text)
+        (tools / name).chmod(0o755)
+    for name in ("sh", "cat", "cp", "dirname", "head", "mkdir", "mktemp", "mv", "rm", "tail", "tar"):
+        (tools / name).symlink_to(str(shutil.which(name)))
+
+
+def get_tools(folder: Path) -> subprocess.CompletedProcess[str]:
+    (folder / ".ci").mkdir(exist_ok=True)
+    shutil.copy(ROOT / ".ci" / "get-tools", folder / ".ci" / "get-tools")
+    return subprocess.run(
+        [folder / ".ci" / "get-tools"],
+        env={"PATH": str(folder / "bin"), "TMPDIR": str(folder)},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("listed", [True, False], ids=["listed", "no list yet"])
+@pytest.mark.parametrize("debian", DEBIAN)
+def test_tools_are_found_in_whichever_package_has_them(tmp_path: Path, debian: str, listed: bool) -> None:
+    fake_archive(tmp_path, DEBIAN[debian], listed=listed)
+    answer = get_tools(tmp_path)
+    assert (answer.returncode, answer.stderr) == (0, "")
+    assert answer.stdout.splitlines()[1:] == [f"tools: {program} 1.0" for program in PROGRAMS]
+    assert sorted(path.name for path in (tmp_path / ".tools").iterdir()) == sorted(PROGRAMS)
+    again = get_tools(tmp_path)
+    assert again.stdout.splitlines()[1:] == [f"tools: {program} is there" for program in PROGRAMS]
+    assert not list(tmp_path.glob("tmp*")), "nothing is left behind"
+
+
+def test_a_tool_that_no_package_has_is_named(tmp_path: Path) -> None:
+    fake_archive(tmp_path, {"prometheus": ["prometheus"]}, listed=True)
+    answer = get_tools(tmp_path)
+    assert answer.returncode == 1
+    assert answer.stderr.count("\n") == 1
+    assert answer.stderr.startswith("promtool is missing and no package has it (")
+
+
 @pytest.mark.parametrize(("ci", "failed"), [("true", True), ("", False)])
 def test_a_skip_is_a_failure_in_ci_only(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, ci: str, failed: bool
