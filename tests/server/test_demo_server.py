@@ -73,6 +73,19 @@ def test_a_file_that_is_no_model_is_told_with_the_servers_own_words(tmp_path: Pa
         pass
 
 
+def test_a_library_that_a_bare_machine_lacks_is_named_with_the_way_out(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "xllamacpp.py").write_text("raise ImportError('libgomp.so.1: cannot open it')")
+    environment = {"PYTHONPATH": str(tmp_path)}
+    with (
+        pytest.raises(ServerDidNotStart, match=r"\(libgomp\.so\.1: .+\): sudo apt install libgomp1") as told,
+        start_server(tiny_model, environment=environment),
+    ):
+        pass
+    assert "Traceback" not in str(told.value)
+
+
 def test_it_ends_with_the_process_that_started_it(tiny_model: Path) -> None:
     starter = (
         "import os, sys, pathlib; from kvscope.demo.running_server import RunningServer;"

@@ -82,7 +82,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with given.log_file.open("ab", buffering=0) as log:
             os.dup2(log.fileno(), sys.stderr.fileno())
 
-    import xllamacpp
+    try:
+        import xllamacpp
+    except ImportError as error:  # of its own libraries, on a bare machine
+        sys.exit(f"llama-server: xllamacpp cannot be loaded ({error}): sudo apt install libgomp1")
 
     try:
         server = xllamacpp.Server(_params(given))
