@@ -110,16 +110,19 @@ class Grafana:
         answer = self._ask(self._grafana.datasource.list_datasources)
         if not isinstance(answer, list):
             raise self._no_grafana()
-        return answer
+        return [self._data_source(each) for each in answer]
 
     def create_data_source(self, fields: Mapping[str, Any]) -> Json:
         """Add a data source and return it as Grafana keeps it. Raises GrafanaError."""
         answer = self._ask(self._grafana.datasource.create_datasource, dict(fields))
-        return dict(answer["datasource"])
+        return self._data_source(answer.get("datasource") if isinstance(answer, dict) else None)
 
     def dashboard(self, uid: str) -> Json | None:
         """Return a dashboard with its meta, or None where there is none. Raises GrafanaError."""
-        return self._find(self._grafana.dashboard.get_dashboard, uid)
+        found = self._find(self._grafana.dashboard.get_dashboard, uid)
+        if found is not None and not all(isinstance(found.get(key), dict) for key in ("dashboard", "meta")):
+            raise self._no_grafana()
+        return found
 
     def save_dashboard(self, dashboard: Mapping[str, Any], folder_uid: str, message: str) -> None:
         """Create or replace a dashboard; the one before stays in Grafana's history. Raises GrafanaError."""
@@ -130,6 +133,11 @@ class Grafana:
             "message": message,
         }
         self._ask(self._grafana.dashboard.update_dashboard, body)
+
+    def _data_source(self, answer: object) -> Json:
+        if not isinstance(answer, dict) or not {"name", "uid"} <= answer.keys():
+            raise self._no_grafana()
+        return answer
 
     def _find(self, call: Callable[..., Any], uid: str) -> Json | None:
         try:

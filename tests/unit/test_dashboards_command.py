@@ -295,6 +295,15 @@ def test_a_data_source_is_added_where_there_is_none_and_the_pages_open_with_it(
     assert len(grafana.wrote()) == before
 
 
+def test_what_answers_an_added_data_source_with_something_else_is_no_grafana(
+    push: Run, grafana: FakeGrafana
+) -> None:
+    grafana.data_sources.clear()
+    grafana.answers["POST", "/api/datasources"] = (200, {"message": "hello"})
+    said = one_line(push("--grafana", grafana.url, "--datasource-url", "http://prometheus:9090"))
+    assert "does not answer as a Grafana does" in said
+
+
 def test_a_data_source_that_is_there_is_never_changed(push: Run, grafana: FakeGrafana) -> None:
     grafana.data_sources.append(prometheus("Mimir", "http://mimir"))
     code, out, _ = push("--grafana", grafana.url, "--datasource", "Mimir", "--datasource-url", "http://other")
@@ -385,6 +394,9 @@ def test_a_file_that_is_no_dashboard_costs_only_itself(
         ("/api/folders/kvscope", (200, "<html>hello</html>"), "does not answer as a Grafana does"),
         ("/api/folders/kvscope", (200, [1]), "does not answer as a Grafana does"),
         ("/api/datasources", (200, {"a": 1}), "does not answer as a Grafana does"),
+        ("/api/datasources", (200, [{"type": "prometheus"}]), "does not answer as a Grafana does"),
+        ("/api/datasources", (200, ["a"]), "does not answer as a Grafana does"),
+        ("/api/dashboards/uid/kvscope-one", (200, {"meta": {}}), "does not answer as a Grafana does"),
         ("/api/folders/kvscope", (502, "<p>bad gateway</p>"), "does not answer as a Grafana does"),
         (
             "/api/folders/kvscope",
