@@ -39,6 +39,13 @@ ALERT_SECONDS = 240.0
 SLOT_TOKENS = 4096
 POOL_TOKENS = 8192
 
+LONGER_THAN_THE_STAGE = "|".join(
+    rule.name
+    for rule in rules()
+    if rule.alerts and promql.parse_duration(rule.fields["for"]) >= timedelta(minutes=5)
+)
+"""Alerts that cannot fire while it lasts: of the healthy they must not even be pending."""
+
 REACHES = {
     "a game starts": ("VramSqueezedByOtherProcess", {"gpu": "pretend0"}),
     "a game takes all that is left": ("VramAlmostExhausted", {"gpu": "pretend0"}),
@@ -209,9 +216,10 @@ class Stage:
             await self._recovers(mortal, f"127.0.0.1:{staged.port}")
             for session in healthy:
                 session.cancel()
-        self.false_alarms = self.programs.query(
-            f'last_over_time(ALERTS{{alertstate="firing", pace="", instance=~"{self._healthy}"}}[1h])'
-        )
+        for state in ('alertstate="firing"', f'alertstate="pending", alertname=~"{LONGER_THAN_THE_STAGE}"'):
+            self.false_alarms += self.programs.query(
+                f'last_over_time(ALERTS{{{state}, pace="", instance=~"{self._healthy}"}}[1h])'
+            )
         self.rule_problems = self.programs.rule_problems()
 
     async def stop(self) -> None:
