@@ -21,6 +21,7 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlencode
 from urllib.request import urlopen
 
+import numpy as np
 from PIL import Image
 
 HERE = Path(__file__).parent
@@ -45,6 +46,7 @@ SETTLED_MILLISECONDS = 10_000
 """Of the page's own time, which stands still while it waits for an answer."""
 LONGEST_SECONDS = 120
 COLOURS = 256
+KEPT_COLOURS = 32
 
 
 class NoPicture(Exception):
@@ -80,6 +82,24 @@ def height(dashboard: dict[str, Any]) -> int:
     return ABOVE_AND_BELOW + GRID_ROW * int(rows)
 
 
+def in_few_colours(shot: Image.Image) -> Image.Image:
+    """Return the picture in as many colours as one byte tells apart: a third of the size.
+
+    The most frequent ones stay as they are, the others become the nearest of a choice by coverage: else
+    backgrounds get a tint, or curves that are drawn thin the colour of something else.
+    """
+    flat = np.asarray(shot).reshape(-1, 3)
+    seen, of_pixel, often = np.unique(flat, axis=0, return_inverse=True, return_counts=True)
+    frequent = seen[np.argsort(often)[-KEPT_COLOURS:]]
+    chosen = shot.quantize(COLOURS - KEPT_COLOURS, method=Image.Quantize.MAXCOVERAGE).getpalette() or []
+    palette = np.concatenate([frequent, np.array(chosen, np.uint8).reshape(-1, 3)])
+    distances = ((seen[:, None].astype(int) - palette) ** 2).sum(axis=2)
+    indices = distances.argmin(axis=1).astype(np.uint8)[of_pixel.reshape(-1)]
+    few = Image.fromarray(indices.reshape(shot.height, shot.width))
+    few.putpalette(palette.tobytes())
+    return few
+
+
 def photograph(program: str, address: str, tall: int, picture: Path) -> None:
     """Write what a browser shows at an address, in few colours; raises NoPicture."""
     with tempfile.TemporaryDirectory() as folder:
@@ -87,7 +107,7 @@ def photograph(program: str, address: str, tall: int, picture: Path) -> None:
         command = [
             program,
             *FLAGS,
-            # Chromium does not start as root with it.
+            # With its sandbox, Chromium does not start as root.
             *(["--no-sandbox"] if os.geteuid() == 0 else []),
             f"--user-data-dir={folder}/profile",
             f"--window-size={WIDTH},{tall}",
@@ -102,11 +122,7 @@ def photograph(program: str, address: str, tall: int, picture: Path) -> None:
         if not raw.exists():
             raise NoPicture(f"{program} drew no picture of {address}")
         with Image.open(raw) as shot:
-            # Coverage, not frequency: else a curve that is drawn thin loses its colour to the letters.
-            few = shot.convert("RGB").quantize(
-                COLOURS, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE
-            )
-            few.save(picture, optimize=True)
+            in_few_colours(shot.convert("RGB")).save(picture, optimize=True)
 
 
 def take(grafana: str, shown: dict[str, str], minutes: int) -> Iterator[Path]:

@@ -75,6 +75,20 @@ def test_each_link_leads_somewhere(target: str) -> None:
     assert (ROOT / target).exists()
 
 
+PICTURES = sorted(
+    (page.relative_to(ROOT).as_posix(), picture)
+    for page in (ROOT / "README.md", *ROOT.glob("docs/**/*.md"))
+    for picture in set(re.findall(r'\bsrc(?:set)?="(?!https?:)([^"]+)"', page.read_text(encoding="utf-8")))
+)
+
+
+@pytest.mark.parametrize(("page", "picture"), PICTURES)
+def test_each_picture_is_there_and_has_a_twin_of_the_other_brightness(page: str, picture: str) -> None:
+    assert (ROOT / page).parent.joinpath(picture).is_file()
+    swapped = {"dark": "light", "light": "dark"}
+    assert (page, re.sub("dark|light", lambda found: swapped[found[0]], picture)) in PICTURES
+
+
 def test_nothing_tells_a_reader_to_install_a_package_that_is_not_published() -> None:
     unit = (ROOT / "deploy" / "kvscope.service").read_text(encoding="utf-8")
     assert "pip install ." in unit
