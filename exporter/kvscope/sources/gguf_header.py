@@ -1,13 +1,15 @@
 """Reads the header of a GGUF model, and nothing behind it.
 
 The format is that of ggml/src/gguf.cpp (llama.cpp b11549): magic, version, two counts, then keys with
-typed values, then what each tensor is called and where it lies. The vocabulary is hopped over. Whatever
+typed values, then what each tensor is called, its shape and type, and where it lies. The vocabulary is
+hopped over. Whatever
 a file says, at most MOST_READ_BYTES of it are read, in about a second, and about 10 MB of memory used.
 """
 
 from __future__ import annotations
 
 import errno
+import math
 import os
 import re
 import stat
@@ -16,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from kvscope.observed.model import MetadataValue, ModelHeader
 
@@ -49,8 +51,31 @@ _ARRAY = 9
 _KEY_COST = 64
 _MOST_KEYS = MOST_KEPT_BYTES // _KEY_COST
 _MOST_DIMENSIONS = 4
+_SHAPES = tuple(struct.Struct(f"<{count}QIQ") for count in range(_MOST_DIMENSIONS + 1))
+"""Lengths, type and place of a tensor."""
 _ALIGNMENT = 32
 """Of the weights, where general.alignment does not say another (GGUF_DEFAULT_ALIGNMENT)."""
+_SIZES = {
+    0: (1, 4), 1: (1, 2), 30: (1, 2),  # F32, F16, BF16
+    2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34),  # Q4_0, Q4_1, Q5_0, Q5_1, Q8_0
+    10: (256, 84), 11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210),  # Q2_K to Q6_K
+    16: (256, 66), 17: (256, 74), 18: (256, 98), 19: (256, 50),  # IQ2_XXS, IQ2_XS, IQ3_XXS, IQ1_S
+    20: (32, 18), 21: (256, 110), 22: (256, 82), 23: (256, 136), 29: (256, 56),  # IQ4_NL, IQ3_S to IQ1_M
+    39: (32, 17),  # MXFP4
+}  # fmt: skip
+"""Weights in a block and its bytes, by type (ggml.h, ggml-common.h): those that GPUs calculate with."""
+_LONGEST_NAME = 63
+"""Of a tensor that llama.cpp takes (GGML_MAX_NAME)."""
+_TOKEN_EMBEDDING = b"token_embd.weight"
+_OUTPUT = b"output.weight"
+_ON_CPU = (b"position_embd.weight", b"token_types.weight", b"per_layer_token_embd.weight")
+_ON_GPU = re.compile(
+    rb"blk\.[0-9]+\..+|(?:output|output_norm|token_embd_norm|cls|cls\.output|rope_freqs"
+    rb"|rope_factors_(?:long|short)|per_layer_(?:model_proj|proj_norm)|altup_(?:proj|unembd_proj))"
+    rb"\.(?:weight|bias)"
+)
+_NOT_CERTAIN = re.compile(rb"\.nextn\.|\.ssm_d\b|time_mix|attn_rel_b|_ape\b|tid2eid")
+"""Loaded only at times, or on the CPU where a GPU lacks what is calculated with them."""
 _PART_NAME = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf", re.DOTALL)
 
 FileIdentity = tuple[int, int, int, int]
@@ -67,7 +92,10 @@ def read_header(path: Path) -> ModelHeader:
     Kept are numbers, truth values, texts up to LONGEST_TEXT bytes and arrays of numbers or truth values
     up to LONGEST_ARRAY elements, all but those of the tokenizer. nextn_tensors answers llama.cpp's own
     question (src/models/deepseek4.cpp): is `blk.N.nextn.eh_proj.weight` there, N the first layer that
-    predicts further tokens; it is looked for where the metadata has such layers.
+    predicts further tokens; it is looked for where the metadata has such layers. gpu_weights_bytes follows
+    load_tensors of src/llama-model.cpp and LLM_TENSOR_INFOS of src/llama-arch.cpp: the input layer stays on
+    the CPU, everything else is on the GPU, and where the output has no weights of its own it gets a copy of
+    the token embedding. None for a tensor of another name or type, and where a part or its weights lack.
     Raises HeaderError for a file that is no header, and OSError where it cannot be read or is no file.
     """
     allowance = _Allowance()
@@ -85,6 +113,7 @@ def read_header(path: Path) -> ModelHeader:
         metadata=part.metadata,
         file_bytes=_total_bytes(path, part, parts),
         nextn_tensors=_nextn_tensors(architecture, path, part, parts, allowance),
+        gpu_weights_bytes=_gpu_weights_bytes(path, part, parts, allowance),
     )
 
 
@@ -220,6 +249,21 @@ def _nextn_tensors(
     return False if parts else None
 
 
+def _gpu_weights_bytes(path: Path, first: _Part, parts: Sequence[Path], allowance: _Allowance) -> int | None:
+    """Return the bytes of what a GPU holds that every layer is on; None where that is not certain."""
+    sums = _Weights()
+    try:
+        for each in parts:
+            part = first if each == path else _read_part(each, allowance)
+            if not _add_weights(sums, each, part, allowance):
+                return None
+    except (OSError, HeaderError):
+        return None
+    if not sums.embedding:
+        return None
+    return sums.repeating + (sums.output or sums.embedding)
+
+
 # --- one file ---------------------------------------------------------------------------------------
 
 
@@ -340,23 +384,81 @@ def _array(
 
 def _has_tensor(path: Path, part: _Part, name: bytes, allowance: _Allowance) -> bool:
     with _reading(path, allowance) as reader:
-        return any(each == name for each, _ in _tensors(reader, part, allowance))
+        return any(each.name == name for each in _tensors(reader, part, allowance))
 
 
 def _goes_on_to_its_last_tensor(path: Path, part: _Part, allowance: _Allowance) -> bool:
-    alignment = part.metadata.get("general.alignment", _ALIGNMENT)
-    if type(alignment) is not int or alignment < 1 or part.tensors == 0:
+    if _alignment(part) is None or part.tensors == 0:
         return part.tensors == 0
     with _reading(path, allowance) as reader:
         try:
-            last = max(offset for _, offset in _tensors(reader, part, allowance))
+            last = max(each.offset for each in _tensors(reader, part, allowance))
         except HeaderError:
             return False  # it ends among what describes the tensors
-        return -(-reader.offset // alignment) * alignment + last < reader.size
+        return _weights_at(reader, part) + last < reader.size
 
 
-def _tensors(reader: _Reader, part: _Part, allowance: _Allowance) -> Iterator[tuple[bytes, int]]:
-    """Yield the name of each tensor, and where its weights begin behind the header."""
+def _alignment(part: _Part) -> int | None:
+    alignment = part.metadata.get("general.alignment", _ALIGNMENT)
+    return alignment if type(alignment) is int and alignment > 0 else None
+
+
+def _weights_at(reader: _Reader, part: _Part) -> int:
+    """Where the weights begin; the reader is behind the last tensor's description."""
+    alignment = _alignment(part) or 1
+    return -(-reader.offset // alignment) * alignment
+
+
+class _Tensor(NamedTuple):
+    """What a header says of a tensor. offset: where its weights begin behind the header."""
+
+    name: bytes
+    lengths: tuple[int, ...]
+    kind: int
+    offset: int
+
+    @property
+    def size(self) -> int | None:
+        """Bytes of its weights; None where its type is not known."""
+        block, size = _SIZES.get(self.kind, (0, 0))
+        if not block or not self.lengths or self.lengths[0] % block:
+            return None
+        return math.prod(self.lengths) // block * size
+
+
+@dataclass(slots=True)
+class _Weights:
+    """Bytes of the token embedding, of the output, and of the others that are not of the input."""
+
+    embedding: int = 0
+    output: int = 0
+    repeating: int = 0
+
+
+def _add_weights(sums: _Weights, path: Path, part: _Part, allowance: _Allowance) -> bool:
+    """Add those of one part; False where one is not known, or where the file does not have them."""
+    if _alignment(part) is None:
+        return False
+    end = 0
+    with _reading(path, allowance) as reader:
+        for tensor in _tensors(reader, part, allowance):
+            size = tensor.size
+            if size is None or len(tensor.name) > _LONGEST_NAME or _NOT_CERTAIN.search(tensor.name):
+                return False
+            if tensor.name == _TOKEN_EMBEDDING:
+                sums.embedding += size
+            elif tensor.name == _OUTPUT:
+                sums.output += size
+            elif _ON_GPU.fullmatch(tensor.name):
+                sums.repeating += size
+            elif tensor.name not in _ON_CPU:
+                return False
+            end = max(end, tensor.offset + size)
+        return not end or _weights_at(reader, part) + end <= reader.size
+
+
+def _tensors(reader: _Reader, part: _Part, allowance: _Allowance) -> Iterator[_Tensor]:
+    """Yield what is said of each tensor."""
     allowance.spend("tensors", part.tensors)
     reader.skip(part.tensors_at, "the keys")
     for number in range(part.tensors):
@@ -368,8 +470,8 @@ def _tensors(reader: _Reader, part: _Part, allowance: _Allowance) -> Iterator[tu
         dimensions = reader.number(_COUNT, what)
         if dimensions > _MOST_DIMENSIONS:
             raise HeaderError(f"has {dimensions} dimensions for {what}, before byte {reader.offset}")
-        reader.skip(dimensions * 8 + 4, what)  # sizes, type
-        yield name, reader.number(_LENGTH, what)
+        *lengths, kind, offset = _SHAPES[dimensions].unpack(reader.take(dimensions * 8 + 12, what))
+        yield _Tensor(name, tuple(lengths), kind, offset)
 
 
 def _shown(name: bytes) -> str:

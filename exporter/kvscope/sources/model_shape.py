@@ -40,6 +40,7 @@ def shape_document(header: ModelHeader) -> dict[str, Any]:
         "architecture": header.architecture,
         "file_bytes": header.file_bytes,
         "nextn_tensors": header.nextn_tensors,
+        "gpu_weights_bytes": header.gpu_weights_bytes,
         "metadata": metadata,
     }
 
@@ -78,9 +79,6 @@ def _header(document: dict[str, Any]) -> ModelHeader:
     architecture = document.get("architecture")
     if not isinstance(architecture, str) or not ARCHITECTURE_NAME.fullmatch(architecture):
         raise ShapeFileError(f"has {_shown(architecture)} as its architecture, which is no name of one")
-    file_bytes = document.get("file_bytes")
-    if file_bytes is not None and (type(file_bytes) is not int or not 0 <= file_bytes < 2**63):
-        raise ShapeFileError(f"has {_shown(file_bytes)} as file_bytes, which is no count")
     nextn_tensors = document.get("nextn_tensors")
     if nextn_tensors is not None and not isinstance(nextn_tensors, bool):
         raise ShapeFileError(f"has {_shown(nextn_tensors)} as nextn_tensors, neither true nor false")
@@ -90,9 +88,17 @@ def _header(document: dict[str, Any]) -> ModelHeader:
     return ModelHeader(
         architecture=architecture,
         metadata={"general.architecture": architecture, **_metadata(f"{architecture}.", metadata)},
-        file_bytes=file_bytes,
+        file_bytes=_count(document, "file_bytes"),
         nextn_tensors=nextn_tensors,
+        gpu_weights_bytes=_count(document, "gpu_weights_bytes"),
     )
+
+
+def _count(document: dict[str, Any], key: str) -> int | None:
+    count = document.get(key)
+    if count is not None and (type(count) is not int or not 0 <= count < 2**63):
+        raise ShapeFileError(f"has {_shown(count)} as {key}, which is no count")
+    return count
 
 
 def _metadata(prefix: str, entries: dict[str, Any]) -> dict[str, MetadataValue]:

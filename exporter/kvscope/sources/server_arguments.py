@@ -193,6 +193,7 @@ _SWITCHES = (
 )
 _PRESET = "a preset of llama.cpp, its settings are left out"
 _OTHER_BUILD = "not every build reads it, so it is left out"
+_MOVED = "where it puts the weights, only its log tells"
 _LEFT_OUT = (
     _LeftOut(
         "--gpt-oss-20b-default --gpt-oss-120b-default",
@@ -234,16 +235,28 @@ _LEFT_OUT = (
     _LeftOut(
         "-dev --device",
         "on which devices its cache lies, only its log tells",
-        "kv_on_gpu",
+        "kv_on_gpu tensor_placement",
         values=1,
         variables="LLAMA_ARG_DEVICE",
     ),
     _LeftOut(
         "--rpc",
         "how much of its cache lies on other machines, only its log tells",
-        "kv_on_gpu",
+        "kv_on_gpu tensor_placement",
         values=1,
         variables="LLAMA_ARG_RPC",
+    ),
+    _LeftOut("-cmoe --cpu-moe", _MOVED, "tensor_placement", variables="LLAMA_ARG_CPU_MOE"),
+    *(
+        _LeftOut(flags, _MOVED, "tensor_placement", values=1, variables=variable)
+        for flags, variable in (
+            ("-ot --override-tensor", "LLAMA_ARG_OVERRIDE_TENSOR"),
+            ("-ncmoe --n-cpu-moe", "LLAMA_ARG_N_CPU_MOE"),
+            ("-ncffn --n-cpu-ffn", "LLAMA_ARG_N_CPU_FFN"),
+            ("--moe-cache-mib", "LLAMA_ARG_MOE_CACHE_MIB"),
+            ("-sm --split-mode", "LLAMA_ARG_SPLIT_MODE"),
+            ("-ts --tensor-split", "LLAMA_ARG_TENSOR_SPLIT"),
+        )
     ),
     _LeftOut("-cd --ctx-size-draft", "the draft's own context is left out", "draft_model", values=1),
     _LeftOut("", _OTHER_BUILD, "draft_model", variables="LLAMA_ARG_MODEL_DRAFT"),
@@ -254,7 +267,7 @@ _LEFT_OUT = (
 
 _WITHOUT_VALUE = """
     -h --help --usage --version -cl --cache-list --completion-bash --perf --no-perf -e --escape
-    --no-escape --repack -nr --no-repack --no-host --list-devices -cmoe --cpu-moe --check-tensors
+    --no-escape --repack -nr --no-repack --no-host --list-devices --check-tensors
     --op-offload --no-op-offload --log-disable --log-jsonl --no-log-jsonl -v --verbose --log-verbose
     --offline --log-prefix --no-log-prefix --log-timestamps --no-log-timestamps --ignore-eos -bs
     --backend-sampling --spec-draft-cpu-moe -cmoed --cpu-moe-draft --spec-draft-backend-sampling
@@ -273,8 +286,7 @@ _ONE_VALUE = """
     --cpu-mask-batch -Crb --cpu-range-batch --cpu-strict-batch --prio-batch --poll-batch -n --predict
     --n-predict --keep --rope-scaling --rope-scale --rope-freq-base --rope-freq-scale --yarn-orig-ctx
     --yarn-ext-factor --yarn-attn-factor --yarn-beta-slow --yarn-beta-fast -dt --defrag-thold -lm
-    --load-mode -lzm --lazy-mode --numa -ot --override-tensor -ncmoe --n-cpu-moe
-    --moe-cache-mib -ncffn --n-cpu-ffn -sm --split-mode -ts --tensor-split -mg --main-gpu -fitt
+    --load-mode -lzm --lazy-mode --numa -mg --main-gpu -fitt
     --fit-target -fitc --fit-ctx --lora --lora-scaled --control-vector --control-vector-scaled -mu
     --model-url -dr --docker-repo -hf -hfr --hf-repo -hff --hf-file -hft --hf-token --log-file -lv
     --verbosity --log-verbosity --samplers -s --seed --sampler-seq --sampling-seq --temp --temperature

@@ -182,17 +182,22 @@ def server_sizes_on(gpu: GpuSeen, gpus: Sequence[GpuSeen], pid: int | None, load
     with a buffer whose place is not certain is None as a whole. Buffers in host memory are on no GPU, not
     even on a unified one that maps them (`Vulkan_Host`): there they stay in the rest of the process.
 
-    Without a log, KV alone can be known: its formula, where every layer and its KV was told to go to the
-    GPU (`-ngl all` or more than the model has, b11549 counts the output as one) and the process holds
-    memory of this GPU and of no other. Not with `-ngl auto`, the default: what the server chose is in its
-    log only. Weights are not known then: the token embedding stays on the CPU, the output may share it,
-    and the file's size holds the vocabulary too.
+    Without a log, weights and KV can be known: from the model's file and by formula, where every layer was
+    told to go to the GPU (`-ngl all` or more than the model has, b11549 counts the output as one), there is
+    no draft model, and the process holds memory of this GPU and of no other. Not with `-ngl auto`, the
+    default: what the server chose is in its log only. Weights besides only without flags that put tensors
+    elsewhere (`-ot`, `-cmoe`, `-sm`), of a model that generates, as only such a one copies a token embedding
+    that its output shares, and not on a unified GPU, which may use the file's pages where they are.
+    Adapters and projectors (`--lora`, `--mmproj`) are not counted, nor is what a driver rounds up to.
+    Compute buffers are in the log only.
     """
     if load.asleep:
         return ServerSizes(0, 0, 0)
     main = load.logged.main if load.logged is not None else None
     if load.logged is None or main is None:
-        return ServerSizes(kv=_kv_by_formula(gpu, gpus, pid, load))
+        if not _all_on(gpu, gpus, pid, load):
+            return ServerSizes()
+        return ServerSizes(weights=_weights_by_file(gpu, load), kv=_kv_by_formula(load))
     contexts = (main, *load.logged.drafts)
     places = _Places(gpu, gpus, contexts)
     # A draft context may share the main one's weights; a cache of no bytes has no buffer.
@@ -343,17 +348,29 @@ class _Places:
         return True if vendors.count(vendor) == len(siblings) == 1 else None
 
 
-def _kv_by_formula(gpu: GpuSeen, gpus: Sequence[GpuSeen], pid: int | None, load: ServerLoad) -> int | None:
+def _all_on(gpu: GpuSeen, gpus: Sequence[GpuSeen], pid: int | None, load: ServerLoad) -> bool:
+    """Whether every layer was told to go to the GPU, and it is the only one that the process uses."""
+    settings = load.settings
+    if settings is None or "gpu_layers" in settings.unreadable or not _every_layer(settings, load.model):
+        return False
+    if settings.draft_model is not None:  # neither its caches nor its weights are counted
+        return False
+    return pid is not None and [each.gpu for each in gpus if pid in _held(each).by_pid] == [gpu.gpu]
+
+
+def _weights_by_file(gpu: GpuSeen, load: ServerLoad) -> int | None:
+    if load.settings is None or load.model is None or load.memory is None or not load.memory.caches:
+        return None
+    if gpu.unified or {"draft_model", "tensor_placement"} & set(load.settings.unreadable):
+        return None
+    return load.model.header.gpu_weights_bytes
+
+
+def _kv_by_formula(load: ServerLoad) -> int | None:
     settings, memory = load.settings, load.memory
     if settings is None or memory is None or not memory.caches or settings.kv_on_gpu is False:
         return None
-    if settings.draft_model is not None:  # its caches are not in the formula
-        return None
-    if {"gpu_layers", "kv_on_gpu"} & set(settings.unreadable) or not _every_layer(settings, load.model):
-        return None
-    if pid is None or [each.gpu for each in gpus if pid in _held(each).by_pid] != [gpu.gpu]:
-        return None
-    return memory.allocated_bytes
+    return None if "kv_on_gpu" in settings.unreadable else memory.allocated_bytes
 
 
 def _every_layer(settings: ContextSettings, model: ModelSeen | None) -> bool:

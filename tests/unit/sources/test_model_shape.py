@@ -27,6 +27,7 @@ SHAPE: dict[str, Any] = {
     "architecture": "gemma3",
     "file_bytes": 13_000_000_000,
     "nextn_tensors": None,
+    "gpu_weights_bytes": None,
     "metadata": {"gemma3.block_count": 62, "gemma3.attention.head_count_kv": [16, 8]},
 }
 
@@ -68,6 +69,7 @@ def test_a_shape_says_what_the_header_says_of_its_memory_and_nothing_else(
         "architecture": "llama",
         "file_bytes": (tmp_path / "model.gguf").stat().st_size,
         "nextn_tensors": False,
+        "gpu_weights_bytes": None,
         "metadata": {
             "llama.attention.head_count_kv": [8, 8, 0, 4],
             "llama.attention.layer_norm_rms_epsilon": 9.999999974752427e-07,
@@ -112,6 +114,7 @@ numbers = st.one_of(
             ).map(lambda metadata: {"general.architecture": name, **metadata}),
             file_bytes=st.one_of(st.none(), st.integers(0, 2**63 - 1)),
             nextn_tensors=st.one_of(st.none(), st.booleans()),
+            gpu_weights_bytes=st.one_of(st.none(), st.integers(0, 2**63 - 1)),
         )
     )
 )
@@ -136,7 +139,7 @@ def test_fields_of_a_later_release_are_passed_over(shape: Path) -> None:
 def test_what_may_be_unknown_may_be_missing(shape: Path) -> None:
     document = {key: SHAPE[key] for key in ("kvscope_shape", "architecture", "metadata")}
     read = read_shape(write_shape(shape, document))
-    assert (read.file_bytes, read.nextn_tensors) == (None, None)
+    assert (read.file_bytes, read.nextn_tensors, read.gpu_weights_bytes) == (None, None, None)
 
 
 BROKEN: dict[str, tuple[bytes | dict[str, Any], str]] = {
@@ -157,6 +160,7 @@ BROKEN: dict[str, tuple[bytes | dict[str, Any], str]] = {
     "lines as architecture": (SHAPE | {"architecture": "a\nb"}, r"has 'a\nb' as its architecture"),
     "a negative size": (SHAPE | {"file_bytes": -1}, "has -1 as file_bytes"),
     "half a byte": (SHAPE | {"file_bytes": 0.5}, "has 0.5 as file_bytes"),
+    "half a byte of weights": (SHAPE | {"gpu_weights_bytes": 0.5}, "has 0.5 as gpu_weights_bytes"),
     "a word as nextn_tensors": (SHAPE | {"nextn_tensors": "yes"}, "has 'yes' as nextn_tensors"),
     "no metadata": (SHAPE | {"metadata": None}, "has None as its metadata"),
     "metadata of another": (

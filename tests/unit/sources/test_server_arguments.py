@@ -238,3 +238,29 @@ def test_any_command_line_is_read_or_refused_with_one_line(arguments: list[str])
     assert not any("\n" in note for note in settings.notes)
     with contextlib.suppress(ArgumentsError):
         context_settings(arguments, strict=True)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "-ot exps=CPU -ngl all",
+        "-ngl all --override-tensor exps=CPU",
+        "-cmoe -ngl all",
+        "-ncmoe 3 -ngl 99",
+        "--n-cpu-ffn 3 -ngl 99",
+        "--moe-cache-mib 100 -ngl all",
+        "-sm row -ngl all",
+        "-ts 3,1 -ngl all",
+        "-dev CUDA1 -ngl all",
+        "--rpc 10.0.0.2:50052 -ngl all",
+    ],
+)
+def test_flags_that_put_weights_elsewhere_leave_unknown_where_they_lie(line: str) -> None:
+    settings = context_settings(line.split())
+    assert settings.gpu_layers is not None
+    assert "tensor_placement" in settings.unreadable
+    assert settings.notes
+
+
+def test_flags_that_move_no_weights_leave_nothing_unknown() -> None:
+    assert context_settings(["-ngl", "all", "-mg", "1", "--lora", "a.gguf"]).unreadable == ()

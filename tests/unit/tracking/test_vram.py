@@ -428,7 +428,7 @@ BY_FORMULA = ServerLoad(
     logged=LoggedMemory(),
     memory=ServerMemory(caches={(None, "full"): 100, (None, "window"): 20}, sources={"context": "process"}),
     settings=ContextSettings(gpu_layers="all"),
-    model=ModelSeen(ModelHeader("llama", {"llama.block_count": 32})),
+    model=ModelSeen(ModelHeader("llama", {"llama.block_count": 32}, gpu_weights_bytes=300)),
 )
 
 
@@ -436,9 +436,9 @@ def told(**settings: object) -> ServerLoad:
     return replace(BY_FORMULA, settings=ContextSettings(**settings))  # type: ignore[arg-type]
 
 
-def test_without_a_log_kv_is_known_where_every_layer_is_on_the_one_gpu_of_the_process() -> None:
+def test_without_a_log_weights_and_kv_are_known_where_every_layer_is_on_the_processs_one_gpu() -> None:
     second = replace(SECOND, processes=(GpuProcess(8, "firefox", 60),))
-    assert server_sizes_on(FIRST, (FIRST, second), 7, BY_FORMULA) == ServerSizes(kv=120)
+    assert server_sizes_on(FIRST, (FIRST, second), 7, BY_FORMULA) == ServerSizes(300, 120)
     assert server_sizes_on(second, (FIRST, second), 7, BY_FORMULA) == ServerSizes()
     # On both cards, or on none that can be seen, nothing is certain.
     assert server_sizes_on(FIRST, (FIRST, SECOND), 7, BY_FORMULA) == ServerSizes()
@@ -447,22 +447,38 @@ def test_without_a_log_kv_is_known_where_every_layer_is_on_the_one_gpu_of_the_pr
 
 
 @pytest.mark.parametrize(
-    ("load", "kv"),
+    ("load", "weights", "kv"),
     [
-        (told(gpu_layers="33"), 120),
-        (told(gpu_layers="999"), 120),
-        (told(gpu_layers="32"), None),  # b11549: the output layer comes first, one layer stays behind
-        (told(gpu_layers="auto"), None),
-        (told(), None),
-        (told(gpu_layers="all", kv_on_gpu=False), None),
-        (told(gpu_layers="all", kv_on_gpu=True), 120),
-        (told(gpu_layers="all", unreadable=("kv_on_gpu",)), None),
-        (told(gpu_layers="all", draft_model="draft.gguf"), None),
-        (replace(told(gpu_layers="999"), model=None), None),
-        (replace(BY_FORMULA, settings=None), None),
-        (replace(BY_FORMULA, memory=None), None),
-        (replace(BY_FORMULA, memory=ServerMemory(problem="left out")), None),
+        (told(gpu_layers="33"), 300, 120),
+        (told(gpu_layers="999"), 300, 120),
+        (told(gpu_layers="32"), None, None),  # b11549: the output layer comes first, one layer stays behind
+        (told(gpu_layers="auto"), None, None),
+        (told(), None, None),
+        (told(gpu_layers="all", kv_on_gpu=False), 300, None),
+        (told(gpu_layers="all", kv_on_gpu=True), 300, 120),
+        (told(gpu_layers="all", unreadable=("kv_on_gpu",)), 300, None),
+        (told(gpu_layers="all", unreadable=("tensor_placement",)), None, 120),
+        (told(gpu_layers="all", unreadable=("gpu_layers",)), None, None),
+        (told(gpu_layers="all", draft_model="draft.gguf"), None, None),
+        (told(gpu_layers="all", unreadable=("draft_model",)), None, 120),
+        (replace(told(gpu_layers="999"), model=None), None, None),
+        (replace(BY_FORMULA, model=None), None, 120),
+        (replace(BY_FORMULA, model=ModelSeen(ModelHeader("llama", {}))), None, 120),
+        (replace(BY_FORMULA, settings=None), None, None),
+        (replace(BY_FORMULA, memory=None), None, None),
+        (replace(BY_FORMULA, memory=ServerMemory(problem="left out")), None, None),
     ],
 )
-def test_without_a_log_nothing_is_guessed(load: ServerLoad, kv: int | None) -> None:
-    assert server_sizes_on(FIRST, (FIRST,), 7, load) == ServerSizes(kv=kv)
+def test_without_a_log_nothing_is_guessed(load: ServerLoad, weights: int | None, kv: int | None) -> None:
+    assert server_sizes_on(FIRST, (FIRST,), 7, load) == ServerSizes(weights, kv)
+
+
+def test_a_unified_gpu_may_use_the_pages_of_the_models_file() -> None:
+    unified = replace(FIRST, unified=True)
+    assert server_sizes_on(unified, (unified,), 7, BY_FORMULA) == ServerSizes(kv=120)
+
+
+def test_what_is_left_of_weights_and_kv_without_a_log_stays_unsplit() -> None:
+    split = parts(FIRST, ServerClaim("main", 7, server_sizes_on(FIRST, (FIRST,), 7, BY_FORMULA)))
+    assert (split["weights main"], split["kv main"], split["server_unsplit main"]) == (300, 120, 80)
+    assert not {"compute main", "server_rest main"} & set(split)
