@@ -176,6 +176,11 @@ class Grafana:
             )
         if status == 404:
             return _NotThere(f"{self._address} answers 404, {_short(said)}")
+        if status == 400 and "provisioned" in _short(said):
+            return GrafanaError(
+                f"{self._address} answers 400, {_short(said)}: it is there from a file, put the new one in "
+                "its place (kvscope dashboards export)"
+            )
         return GrafanaError(f"{self._address} answers {status}, {_short(said)}")
 
     def _unreachable(self, error: Exception) -> GrafanaError:
