@@ -313,6 +313,15 @@ def test_all_rules_are_loaded() -> None:
     )
 
 
+def test_the_demo_tells_where_its_last_five_minutes_are(config: Config) -> None:
+    service = config(profiles=["demo"])["services"]["demo"]
+    (alias,) = service["networks"]["default"]["aliases"]
+    assert alias == "kvscope-demo"
+    pages = service["environment"]["KVSCOPE_PAGES"]
+    assert pages.startswith("http://127.0.0.1:3000/d/kvscope-session?from=now-5m&to=now&")
+    assert (ROOT / "dashboards/generated/kvscope-session.json").is_file()
+
+
 def test_the_demo_is_found_by_a_name_so_that_its_absence_is_no_target(config: Config) -> None:
     (job,) = [job for job in PROMETHEUS["scrape_configs"] if job["job_name"] == "kvscope"]
     (by_name,) = job["dns_sd_configs"]

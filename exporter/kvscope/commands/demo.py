@@ -68,6 +68,12 @@ class DemoFailed(Exception):
     help="Where scrapes are answered.  [default: 127.0.0.1:10188, or a free port where that one is taken]",
 )
 @click.option(
+    "--pages",
+    envvar="KVSCOPE_PAGES",
+    metavar="URL",
+    help="Where dashboards show it: told at the start, for whoever reads the log.",
+)
+@click.option(
     "--picture",
     type=click.Path(dir_okay=False, path_type=Path),
     help="Write the table's fullest moment to this file as SVG, at the end.",
@@ -78,6 +84,7 @@ def demo(
     seed: int,
     breath: float,
     listen: tuple[str, int] | None,
+    pages: str | None,
     picture: Path | None,
 ) -> None:
     """Watch a scripted agent session fill the slots of a real llama.cpp server.
@@ -87,7 +94,7 @@ def demo(
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        run_demo(turns, mode, seed, breath, picture, listen)
+        run_demo(turns, mode, seed, breath, picture, listen, pages)
     except KeyboardInterrupt:
         pass
     except DemoFailed as error:
@@ -102,6 +109,7 @@ def run_demo(
     breath: float,
     picture: Path | None = None,
     listen: tuple[str, int] | None = None,
+    pages: str | None = None,
 ) -> None:
     """Run the demo until its turns are over or SIGTERM or SIGINT comes.
 
@@ -111,6 +119,8 @@ def run_demo(
     logging.getLogger("kvscope").setLevel(logging.ERROR)
     context = ("-c", str(POOL_LIMIT)) if mode == "default" else ("-np", "4", "-c", str(4 * CONTEXT_LIMIT))
     with Screen(SERVER_NAME) as screen:
+        if pages:
+            screen.tell(f"its last five minutes, once it runs: {pages}")
         screen.tell("starting a llama.cpp server on a tiny model")
         with RunningServer(
             cached_model(seed), *context, *SLOW_FLAGS, "--metrics", "-a", "kvscope-tiny"
