@@ -49,8 +49,6 @@ def process(**flags: Any) -> Callable[[ServerSettings], ServerProcess]:
 class ModelAtHand:
     """A model whose shape is known without a file; without one, no file is in sight."""
 
-    named = False
-
     def __init__(self, seen: ModelSeen | None = None) -> None:
         self.seen = seen
         self.asked: list[Served] = []

@@ -10,7 +10,7 @@ from kvscope.metrics.family import (
     Family,
     Kind,
     Reading,
-    Value,
+    Readings,
     each_served_model,
     each_slot,
     spread,
@@ -20,12 +20,10 @@ from kvscope.snapshot import Snapshot, TierBox
 TIER = (*MODEL, "tier")
 
 
-def _each_tier(value: Callable[[TierBox], float | None]) -> Callable[[Snapshot], Iterator[Reading]]:
-    def of_server(tiers: dict[str, TierBox]) -> Value:
-        values = {name: value(tier) for name, tier in tiers.items()}
-        return {name: known for name, known in values.items() if known is not None}
-
-    return each_served_model(lambda box: of_server(dict(box.tiers)))  # type: ignore[return-value]
+def _each_tier(value: Callable[[TierBox], float | None]) -> Readings:
+    return each_served_model(
+        lambda box: {name: known for name, tier in box.tiers.items() if (known := value(tier)) is not None}
+    )
 
 
 def _sources(snapshot: Snapshot) -> Iterator[Reading]:

@@ -38,13 +38,9 @@ class ModelFile:
 
     def __init__(self, server: ServerSettings, path_map: Sequence[tuple[str, str]] = ()) -> None:
         self._server = server
+        self._named = server.kv_shape or server.model_file
         self._path_map = sorted(path_map, key=lambda pair: len(pair[0]), reverse=True)
         self._last: tuple[Path, FileIdentities, ModelSeen | str] | None = None
-
-    @property
-    def named(self) -> bool:
-        """Whether a setting names the file, so that no word of the server is needed."""
-        return bool(self._server.model_file or self._server.kv_shape)
 
     def read(self, served: Served) -> ModelSeen | None:
         """Return the model's shape; None where no file is known that could tell it. Raises ModelFileError."""
@@ -73,7 +69,7 @@ class ModelFile:
             raise ModelFileError(
                 f"the {self._what()} cannot be read ({error.strerror}): {self._way_out()}"
             ) from None
-        seen = ModelSeen(header, given=self.named)
+        seen = ModelSeen(header, given=self._named is not None)
         self._last = (path, identity, seen)
         return seen
 
@@ -90,9 +86,8 @@ class ModelFile:
 
     def _path(self, served: Served) -> tuple[Path | None, bool]:
         """The file, and whether it must be there: a container's own paths are not."""
-        named = self._server.kv_shape or self._server.model_file
-        if named:
-            return Path(named), True
+        if self._named is not None:
+            return Path(self._named), True
         if not served.path:
             return None, False
         for there, mapped in self._path_map:
@@ -112,7 +107,7 @@ class ModelFile:
         return "model file of --model-file" if self._server.model_file else "model file that the server names"
 
     def _way_out(self) -> str:
-        if self.named:
+        if self._named is not None:
             return "check its path and permissions"
         name = self._server.name
         return f"name one that can be with --model-file {name}=PATH, or its folder with --model-path-map"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from kvscope.observed.logged_memory import LoggedMemory
+from kvscope.observed.logged_memory import LoggedCache, LoggedMemory
 from kvscope.observed.model import ContextSettings, ModelHeader, ModelSeen
 from kvscope.observed.server import ServerProps
 from kvscope.tracking.kv_memory import ContextParameters, KvMemory, ShapeError, kv_memory
@@ -140,16 +140,12 @@ def draft_parameters(parameters: ContextParameters, settings: ContextSettings) -
     """Return the context beside the main one that predicts with the model's own last layers, if any."""
     if _OWN_LAYERS_DRAFT not in (settings.draft_kinds or ()) or settings.draft_model is not None:
         return None
-    return ContextParameters(
-        context_tokens=parameters.context_tokens,
-        sequences=parameters.sequences,
-        unified=parameters.unified,
-        batch_tokens=parameters.batch_tokens,
-        micro_batch_tokens=parameters.micro_batch_tokens,
-        cache_type_k=settings.draft_cache_type_k or "f16",
-        cache_type_v=settings.draft_cache_type_v or "f16",
-        swa_full=parameters.swa_full,
-        flash_attention=parameters.flash_attention,
+    defaults = ContextParameters()
+    return replace(
+        parameters,
+        cache_type_k=settings.draft_cache_type_k or defaults.cache_type_k,
+        cache_type_v=settings.draft_cache_type_v or defaults.cache_type_v,
+        rollback_snapshots=0,
         draft=True,
     )
 
@@ -207,7 +203,7 @@ def server_memory(
     warnings: tuple[str, ...] = ()
     if difference is not None:
         warnings = (
-            f"its log says that {_bytes_in(log)} bytes of KV cache were allocated, by its model and settings "
+            f"its log says that {_bytes_in(_counted(expected, log))} bytes of KV cache were allocated, by its model and settings "
             f"it would be {expected.allocated_bytes}: the log's figures are used",
         )
     by_log_difference = _difference(by_log, log)
@@ -270,17 +266,24 @@ def _bytes_in(log: LoggedMemory) -> int:
 
 def _difference(expected: ServerMemory, log: LoggedMemory) -> float | None:
     """How far the formula is from the log, by the log's size; None where there is no formula."""
-    size = _bytes_in(log)
     if not expected.known:
         return None
+    size = _bytes_in(_counted(expected, log))
     if not size:
         return None if expected.allocated_bytes else 0.0
     return abs(size - expected.allocated_bytes) / size
 
 
+def _counted(expected: ServerMemory, log: LoggedMemory) -> LoggedMemory:
+    """The log's contexts that the formula counts too: of a draft model of its own it knows nothing."""
+    main = expected.main
+    drafts_too = main is not None and expected.allocated_bytes > main.allocated_bytes
+    return log if drafts_too else replace(log, drafts=())
+
+
 def _on_devices(expected: ServerMemory, log: LoggedMemory) -> Mapping[tuple[str | None, str | None], int]:
     """The formula's exact sizes with the log's devices; the log's rounded ones where it names several."""
-    by_log = _caches_in(log)
+    by_log = _caches_in(_counted(expected, log))
     caches: dict[tuple[str | None, str | None], int] = {}
     for (_, kind), size in expected.caches.items():
         there = {key: part for key, part in by_log.items() if key[1] == kind}
@@ -304,9 +307,9 @@ def _by_log_alone(log: LoggedMemory) -> ServerMemory:
     main = log.main
     assert main is not None
     per_token: float | None = None
-    if len(main.caches) == 1 and main.caches[0].kind == "full" and main.caches[0].streams:
-        cache = main.caches[0]
-        per_token = cache.total_bytes / (cache.cells * (cache.streams or 1)) if cache.cells else None
+    match main.caches:
+        case (LoggedCache(kind="full", cells=cells, streams=streams, total_bytes=size),) if cells and streams:
+            per_token = size / (cells * streams)
     return ServerMemory(
         caches=_caches_in(log),
         bytes_per_token=per_token,

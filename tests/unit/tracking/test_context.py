@@ -390,3 +390,13 @@ def test_a_log_supplies_an_unknown_architecture_whose_one_plain_cache_takes_a_ce
 def test_a_log_without_a_finished_load_changes_nothing() -> None:
     with_it = server_memory(MODEL, None, said(context_tokens=8192), props(4, 8192), LoggedMemory())
     assert with_it == server_memory(MODEL, None, said(context_tokens=8192), props(4, 8192))
+
+
+def test_a_draft_models_context_in_the_log_is_no_disagreement_with_the_main_one() -> None:
+    with_draft = replace(logged(4096, 2), drafts=(logged(4096, 2, 300).main,))
+    asked = said(context_tokens=8192, slots=2, draft_model="small.gguf")
+    memory = server_memory(MODEL, None, asked, props(2, 4096), with_draft)
+    assert memory.disagreement == 0
+    assert memory.caches == {("CPU", "full"): 8192 * TOKEN_F16}
+    assert memory.warnings == ()
+    assert any("draft model" in remark for remark in memory.remarks)
