@@ -204,8 +204,8 @@ def server_memory(
     if difference is not None:
         size = _bytes_in(_counted(expected, log))
         warnings = (
-            f"its log says that {size} bytes of KV cache were allocated, by its model and settings it would be "
-            f"{expected.allocated_bytes}: the log's figures are used",
+            f"its log says that {size} bytes of KV cache were allocated, by its model and settings it would "
+            f"be {expected.allocated_bytes}: the log's figures are used",
         )
     by_log_difference = _difference(by_log, log)
     if by_log_difference is not None and by_log_difference <= LARGEST_DISAGREEMENT:
